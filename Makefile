@@ -1,0 +1,67 @@
+# Everything is installed into .venv, at the versions in constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/serve/demo.toml
+ARGS ?=
+# The folder of the tool that compiles for a GPU where there is none.
+GPU_AOT ?= ../shared/tools/gpu_aot
+AOT_VENV := .venv-aot
+
+# Asked for its version, since what is on the path may be a shim with nothing behind it.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+ifdef UV
+  make_venv = uv venv --quiet --python 3.12 $(1)
+  install = uv pip install --quiet --python $(1)/bin/python --constraint constraints.txt
+else
+  PYTHON ?= python3.12
+  make_venv = $(PYTHON) -m venv $(1)
+  install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+endif
+
+.PHONY: setup serve test check bench gpu-check constraints
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+# setuptools first and no build isolation: so its version, too, is the pinned one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(call make_venv,$(VENV)); }
+	@echo "installing into $(VENV)"
+	@$(call install,$(VENV)) setuptools
+	@$(call install,$(VENV)) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+serve: setup
+	@$(BIN)/weft serve $(CONFIG) $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/python -m pytest --quiet tests/test_layout.py
+	@out=$$(mktemp -d) && trap 'rm -r "$$out"' EXIT && $(BIN)/python -m tools.generate_proto "$$out" && \
+	diff --recursive --exclude=__init__.py --exclude=__pycache__ "$$out/serve/pb" serve/pb || \
+	{ echo "serve/pb is not made of proto/; run $(BIN)/python -m tools.generate_proto"; exit 1; }
+
+bench: setup
+	@$(BIN)/weft bench offline --peer transformers $(ARGS)
+
+gpu-check: $(AOT_VENV)/.installed
+	@PYTHONPATH=.:$(GPU_AOT) $(AOT_VENV)/bin/python -m tools.gpu_check $(ARGS)
+
+$(AOT_VENV)/.installed: pyproject.toml constraints.txt
+	@test -d $(GPU_AOT) || { echo "gpu-check: there is no $(GPU_AOT); set GPU_AOT=FOLDER of gpu_aot.py"; exit 1; }
+	@test -x $(AOT_VENV)/bin/python || $(call make_venv,$(AOT_VENV))
+	@$(call install,$(AOT_VENV)) setuptools
+	@$(call install,$(AOT_VENV)) --no-build-isolation --requirement $(GPU_AOT)/requirements.txt --editable .
+	@touch $@
+
+# After a change of pyproject.toml; keeps the versions that still fit. Needs uv.
+constraints:
+	@uv pip compile --universal --all-extras --python-version 3.12 --quiet --no-header --no-annotate \
+	--no-emit-index-url --output-file constraints.txt pyproject.toml > /dev/null
+	@sed 's/ ;.*//' constraints.txt > constraints.tmp && mv constraints.tmp constraints.txt

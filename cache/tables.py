@@ -1,0 +1,66 @@
+"""Page tables: which pages hold each running request's tokens, as one NumPy array the step reads.
+
+It does not know requests; a row of the table is whoever the scheduler put there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.pages import NULL_PAGE, OutOfPages, PagePool
+
+
+class PageTables:
+    """`num_rows` rows of up to `width` pages from one pool."""
+
+    def __init__(self, pool: PagePool, num_rows: int, width: int) -> None:
+        self.pool = pool
+        self.width = width
+        self.array: NDArray[np.int32] = np.full((num_rows, width), NULL_PAGE, np.int32)
+        """[num_rows, width]; the free end of a row is the null page."""
+        self._pages: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def pages(self, row: int) -> Sequence[int]:
+        return self._pages[row]
+
+    def capacity(self, row: int) -> int:
+        """Tokens the row's pages hold."""
+        return len(self._pages[row]) * self.pool.page_size
+
+    def missing(self, row: int, num_tokens: int) -> int:
+        """Pages the row lacks to hold `num_tokens` tokens."""
+        return max(0, self.pool.pages_for(num_tokens) - len(self._pages[row]))
+
+    def grow(self, row: int, num_tokens: int) -> None:
+        """Gives the row the pages to hold `num_tokens` tokens; all or none (OutOfPages)."""
+        held = len(self._pages[row])
+        missing = self.missing(row, num_tokens)
+        if held + missing > self.width:
+            raise OutOfPages(
+                f"{num_tokens} tokens need {held + missing} pages, a row has {self.width}"
+            )
+        self._append(row, self.pool.allocate(missing))
+
+    def fork(self, source: int, row: int, num_tokens: int) -> int:
+        """Lets the empty `row` share source's pages that the first `num_tokens` tokens fill.
+
+        Returns how many tokens that is: a page filled in part is not shared, since both would write it.
+        """
+        assert not self._pages[row], f"row {row} still has pages"
+        assert num_tokens <= self.capacity(source), f"row {source} holds fewer than {num_tokens}"
+        shared = self._pages[source][: num_tokens // self.pool.page_size]
+        self.pool.share(shared)
+        self._append(row, shared)
+        return len(shared) * self.pool.page_size
+
+    def free(self, row: int) -> None:
+        """Gives the row's pages back."""
+        self.pool.release(self._pages[row])
+        self._pages[row] = []
+        self.array[row] = NULL_PAGE
+
+    def _append(self, row: int, pages: Sequence[int]) -> None:
+        held = self._pages[row]
+        self.array[row, len(held) : len(held) + len(pages)] = pages
+        held.extend(pages)

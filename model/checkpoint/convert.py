@@ -1,0 +1,219 @@
+"""Conversion between Hugging Face and Orbax checkpoints: streamed, verified, all or nothing.
+
+It does not know the command line that asks for it or how progress is shown.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from model.checkpoint import manifest, open_checkpoint
+from model.checkpoint.cast import DTYPES, cast, target_dtype
+from model.checkpoint.contiguous import contiguous
+from model.checkpoint.hugging_face import HuggingFaceWriter, tensor_shapes
+from model.checkpoint.manifest import Manifest, TensorRecord
+from model.checkpoint.source import Block, CheckpointError, TensorSource, TensorSpec
+from model.checkpoint.staging import staged
+from model.families import read_model_config, weights
+from model.weights import Weight
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the tensor at hand; every byte is counted twice, once
+when it is written and once when it is read back and compared."""
+
+# Everything beside the weights is copied, except weights in formats of other programs.
+NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+COPIED_DIRECTORIES = ("additional_chat_templates",)
+SPARE_BYTES = 64 << 20  # metadata, directories, block rounding
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    dtype: str | None = None,
+    to: Literal["orbax", "hf"] = "orbax",
+    progress: Progress = lambda done, total, name: None,
+) -> None:
+    """Write the checkpoint `source` as the new directory `destination`, with what lies beside it.
+
+    Holds at most two of the largest weight in memory beside the program itself. The result was read
+    back and compared, and is on disk, before it appears under its name. `dtype` (float32, bfloat16,
+    float16) changes the weights of floating type and what config.json says of them.
+    Raises CheckpointError, or what else went wrong, having left nothing at `destination`.
+    """
+    source, destination = Path(source), Path(destination)
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if to not in ("orbax", "hf"):
+        raise CheckpointError(f"cannot convert to {to!r}; it can be orbax or hf")
+    tensors = open_checkpoint(source, cache_bytes=0)
+    config = read_model_config(source)
+    stream = _Stream(tensors, weights(config), DTYPES[dtype] if dtype else None, progress)
+    beside = _files_beside(source)
+    _check_space(destination, stream.num_bytes + sum(path.stat().st_size for path in beside))
+
+    with staged(destination) as directory:
+        for path in beside:
+            target = directory / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        if dtype is not None:
+            _declare_dtype(directory / "config.json", dtype)
+        if to == "orbax":
+            _write_orbax(directory, stream)
+            records = {
+                name: TensorRecord(
+                    shape=spec.shape, dtype=spec.dtype.name, sha256=stream.digests[name]
+                )
+                for name, spec in stream.specs.items()
+            }
+            Manifest(architecture=config.architecture, tensors=records).save(directory)
+        else:
+            _write_hugging_face(directory, stream)
+        _verify(directory, stream)
+
+
+class _Stream:
+    """The source's weights block by block, in their new dtype, each hashed on the way."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        weights: Sequence[Weight],
+        dtype: np.dtype | None,
+        progress: Progress,
+    ):
+        self.weights = weights
+        self.specs = {
+            weight.name: TensorSpec(
+                weight.shape, target_dtype(source.specs[weight.name].dtype, dtype)
+            )
+            for weight in weights
+        }
+        self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
+        self.digests: dict[str, str] = {}
+        self._source = source
+        self._progress = progress
+        self._done_bytes = 0
+
+    def blocks(self) -> Iterator[Block]:
+        """Whoever takes a block must drop it before asking for the next, to hold but one."""
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            for weight in self.weights:
+                digest = hashlib.sha256()
+                for part in range(len(weight.parts)):
+                    array = self._source.read(weight.name, _rows(weight, part))
+                    array = contiguous(cast(array, self.specs[weight.name].dtype, weight.name))
+                    # Hashing lets other threads run: it costs no time beside the writing.
+                    hashing = hasher.submit(digest.update, _bytes(array))
+                    yield Block(weight.name, part, array)
+                    hashing.result()
+                    self.report(array.nbytes, weight.name)
+                    del array, hashing  # as the taker does
+                self.digests[weight.name] = digest.hexdigest()
+
+    def report(self, num_bytes: int, name: str) -> None:
+        self._done_bytes += num_bytes
+        self._progress(self._done_bytes, 2 * self.num_bytes, name)
+
+
+def _rows(weight: Weight, part: int) -> tuple[slice, ...]:
+    return (slice(part, part + 1),) if len(weight.parts) > 1 else ()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _write_orbax(directory: Path, stream: _Stream) -> None:
+    from model.checkpoint.orbax_store import WEIGHTS, write_orbax
+
+    block_rows = {
+        weight.name: 1 if len(weight.parts) > 1 else weight.shape[0] for weight in stream.weights
+    }
+    write_orbax(directory / WEIGHTS, stream.specs, block_rows, stream.blocks())
+
+
+def _write_hugging_face(directory: Path, stream: _Stream) -> None:
+    shapes = tensor_shapes(stream.weights)
+    by_name = {weight.name: weight for weight in stream.weights}
+    specs = {
+        name: TensorSpec(shapes[name], stream.specs[weight.name].dtype)
+        for weight in stream.weights
+        for part in weight.parts
+        for name in part
+    }
+    with HuggingFaceWriter(directory, specs) as writer:
+        for block in stream.blocks():
+            weight = by_name[block.name]
+            tensors = weight.unpack(block.array[0] if len(weight.parts) > 1 else block.array)
+            for name, tensor in zip(weight.parts[block.start], tensors, strict=True):
+                writer.write(name, tensor)
+            del block, tensors, tensor  # or they would stay in memory while the next is made
+
+
+def _verify(directory: Path, stream: _Stream) -> None:
+    written = open_checkpoint(directory, cache_bytes=0)
+    for weight in stream.weights:
+        digest = hashlib.sha256()
+        for part in range(len(weight.parts)):
+            block = contiguous(written.read(weight.name, _rows(weight, part)))
+            digest.update(_bytes(block))
+            stream.report(block.nbytes, weight.name)
+            del block
+        if digest.hexdigest() != stream.digests[weight.name]:
+            raise CheckpointError(
+                f"{weight.name} reads back from {directory} other than it was written: a fault of "
+                "Weft, or of this machine's memory or disk; convert again and report it if it stays"
+            )
+
+
+def _files_beside(source: Path) -> list[Path]:
+    """What is copied: configuration, tokenizer, templates, licences; no weights or hidden files."""
+    directories = [source, *(source / name for name in COPIED_DIRECTORIES)]
+    return sorted(
+        path
+        for directory in directories
+        if directory.is_dir()
+        for path in directory.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.suffix not in NOT_COPIED
+        and path.name != manifest.NAME
+    )
+
+
+def _check_space(destination: Path, num_bytes: int) -> None:
+    parent = next(path for path in destination.absolute().parents if path.exists())
+    free, needed = shutil.disk_usage(parent).free, num_bytes + SPARE_BYTES
+    if free < needed:
+        raise CheckpointError(
+            f"{destination} needs {needed:,} bytes, {parent} has {free:,} free; make room for "
+            f"{needed - free:,} more or choose another disk"
+        )
+
+
+def _declare_dtype(path: Path, dtype: str) -> None:
+    """Make config.json say `dtype`, under the keys it has; untouched where it says so already."""
+    config = json.loads(path.read_text())
+    sections = [config, config.get("text_config", {})]
+    stale = [
+        (section, key)
+        for section in sections
+        for key in ("dtype", "torch_dtype")
+        if key in section and section[key] != dtype
+    ]
+    if not any(key in section for section in sections for key in ("dtype", "torch_dtype")):
+        stale.append((config, "torch_dtype"))
+    for section, key in stale:
+        section[key] = dtype
+    if stale:
+        path.write_text(json.dumps(config, indent=2) + "\n")

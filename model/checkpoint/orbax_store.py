@@ -1,0 +1,262 @@
+"""Orbax checkpoints, written block by block in bounded memory and read region by region.
+
+Orbax keeps the tree, its metadata and the commit; the arrays are zarr 3, one directory each, which
+is Orbax's layout without OCDBT. Each file of an array holds many small chunks with a CRC, so that a
+device's share of a tensor is read alone, and damage is found by whoever reads it.
+It does not know where tensors come from or what they mean to a model.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from model.checkpoint.manifest import Manifest
+from model.checkpoint.source import Block, CheckpointError, Index, TensorSpec, resolve
+
+WEIGHTS = "weights"
+FILE_BYTES = 64 << 20  # large enough to stream, small enough that one in flight costs little memory
+MIN_CHUNK_BYTES = 64 << 10  # below this a read is all latency
+CHUNKS_PER_FILE = 16  # along the cut axis: a share of an 8- or 16-way mesh is whole chunks
+WRITES_IN_FLIGHT = 2  # one being copied, one being written
+READ_BYTES = 256 << 20  # tensorstore holds chunks beside the result: read large tensors in steps
+
+# The axis along which tensor parallelism usually cuts a weight. A hint for the chunks' shape; any
+# region can be read from any layout.
+CUT_AXES = {"qkv": 1, "qkv_bias": 0, "out": 0, "gate_up": -1, "down": -2, "head": 1, "embedding": 0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array is cut into files and those into chunks."""
+
+    file_shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+
+
+def write_orbax(
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    block_rows: Mapping[str, int],
+    blocks: Iterable[Block],
+) -> None:
+    """Write `blocks` as the Orbax checkpoint `directory`, taking each once the last is written.
+
+    The blocks of a tensor are `block_rows[name]` rows each and cover it. Files are not flushed.
+    """
+    leaves = {
+        name: _Leaf(spec, choose_layout(name, spec, block_rows[name]))
+        for name, spec in specs.items()
+    }
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, _StreamHandler(blocks)))
+    with _quiet_orbax():
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(_nest(leaves)))
+
+
+def choose_layout(name: str, spec: TensorSpec, block_rows: int) -> Layout:
+    """Files of at most FILE_BYTES that no two blocks share; chunks that split the cut axis."""
+    file_shape = list(spec.shape)
+    file_shape[0] = block_rows
+    item_bytes = spec.dtype.itemsize
+    for axis in range(len(file_shape)):
+        step_bytes = math.prod(file_shape[axis + 1 :]) * item_bytes
+        if file_shape[axis] * step_bytes <= FILE_BYTES:
+            break
+        # A power of two divides well into chunks.
+        file_shape[axis] = 1 << (max(1, FILE_BYTES // step_bytes).bit_length() - 1)
+    chunk_shape = list(file_shape)
+    cut_axis = CUT_AXES.get(name.rsplit(".", 1)[-1], 0)
+    most = min(CHUNKS_PER_FILE, math.prod(file_shape) * item_bytes // MIN_CHUNK_BYTES)
+    pieces = max(
+        (n for n in range(2, most + 1) if chunk_shape[cut_axis] % n == 0),
+        default=1,
+    )
+    chunk_shape[cut_axis] //= pieces
+    return Layout(tuple(file_shape), tuple(chunk_shape))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Stands in Orbax's tree for a tensor whose blocks are still to come."""
+
+    spec: TensorSpec
+    layout: Layout
+
+
+class _StreamHandler(ocp.type_handlers.TypeHandler):
+    """Writes every leaf from one stream of blocks; to readers they are ordinary NumPy leaves."""
+
+    def __init__(self, blocks: Iterable[Block]):
+        self._blocks = blocks
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def serialize(self, values, infos, args=None):
+        await infos[0].await_path_creation()
+        leaves = {
+            info.name: (leaf, Path(info.path)) for leaf, info in zip(values, infos, strict=True)
+        }
+        context = ts.Context({"file_io_sync": False})
+        stores: dict[str, ts.TensorStore] = {}
+        for block in self._blocks:
+            leaf, path = leaves[block.name]
+            if block.name not in stores:
+                stores[block.name] = ts.open(
+                    _spec(path) | _metadata(leaf), create=True, context=context
+                ).result()
+            _write(stores[block.name], block, leaf.layout.file_shape)
+            del block  # or it would stay in memory while the next is made
+        return []
+
+    async def metadata(self, infos):
+        raise NotImplementedError("this handler writes only")
+
+    async def deserialize(self, infos, args=None):
+        raise NotImplementedError("this handler writes only")
+
+
+def _write(store: ts.TensorStore, block: Block, file_shape: tuple[int, ...]) -> None:
+    """Write a block file by file; once it returns or raises, nothing here refers to the block."""
+    pending: deque[ts.WriteFutures] = deque()
+    try:
+        for corner in itertools.product(
+            *(
+                range(0, size, step)
+                for size, step in zip(block.array.shape, file_shape, strict=True)
+            )
+        ):
+            region = tuple(
+                slice(start, min(start + step, size))
+                for start, step, size in zip(corner, file_shape, block.array.shape, strict=True)
+            )
+            first, *rest = region
+            target = (slice(block.start + first.start, block.start + first.stop), *rest)
+            pending.append(
+                store[target].write(
+                    block.array[region], can_reference_source_data_indefinitely=True
+                )
+            )
+            if len(pending) == WRITES_IN_FLIGHT:
+                pending.popleft().result()
+    finally:
+        for write in pending:
+            write.result()
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+
+
+def _metadata(leaf: _Leaf) -> dict[str, Any]:
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    checked = [little_endian, {"name": "crc32c"}]
+    sharding = {"chunk_shape": leaf.layout.chunk_shape, "codecs": checked, "index_codecs": checked}
+    return {
+        # Zeros are stored like any other value, so that what is absent is missing, not zero.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": leaf.spec.shape,
+            "data_type": leaf.spec.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": leaf.layout.file_shape},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+
+
+def _nest(leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+    """`{"a.b": leaf}` as `{"a": {"b": leaf}}`; Orbax joins the keys with dots again."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Hide Orbax's warnings that there is no OCDBT and no jax.Array here: both are meant."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class OrbaxSource:
+    """A TensorSource over a directory that `convert` wrote."""
+
+    def __init__(self, directory: Path):
+        self.manifest = Manifest.load(directory)
+        self._weights = (directory / WEIGHTS).absolute()
+        self._stores: dict[str, ts.TensorStore] = {}
+        self._specs = {
+            name: TensorSpec(record.shape, np.dtype(record.dtype))
+            for name, record in self.manifest.tensors.items()
+        }
+        for name in self._specs:
+            if not (self._weights / name / "zarr.json").is_file():
+                raise CheckpointError(
+                    f"{self._weights} lacks tensor {name}, which weft.json lists; convert again"
+                )
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        spec = self._specs[name]
+        region = resolve(index, spec.shape)
+        try:
+            return _read(self._open(name), region, spec.dtype)
+        except ValueError as error:  # what tensorstore raises for absent and for damaged chunks
+            raise CheckpointError(
+                f"{self._weights / name} cannot be read: {error}; convert the checkpoint again"
+            ) from error
+
+    def _open(self, name: str) -> ts.TensorStore:
+        if name not in self._stores:
+            options = {"fill_missing_data_reads": False, "recheck_cached_data": False}
+            store = ts.open(_spec(self._weights / name) | options).result()
+            found = TensorSpec(store.shape, store.dtype.numpy_dtype)
+            if found != self._specs[name]:
+                raise ValueError(f"it is {found}, weft.json says {self._specs[name]}")
+            self._stores[name] = store
+        return self._stores[name]
+
+
+def _read(store: ts.TensorStore, region: Index, dtype: np.dtype) -> np.ndarray:
+    shape = [part.stop - part.start for part in region]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes <= READ_BYTES:
+        return store[region].read().result()
+    array = np.empty(shape, dtype)
+    axis = next(axis for axis, size in enumerate(shape) if size > 1)
+    step = max(1, READ_BYTES * shape[axis] // num_bytes)
+    for start in range(0, shape[axis], step):
+        stop = min(start + step, shape[axis])
+        first = region[axis].start
+        part = (*region[:axis], slice(first + start, first + stop), *region[axis + 1 :])
+        array[(slice(None),) * axis + (slice(start, stop),)] = store[part].read().result()
+    return array

@@ -1,0 +1,98 @@
+"""The one decoder: embedding, layers of attention and feed-forward blocks, and a head.
+
+Built for one mesh (`model/partition.py`), it sees one device's shard of the weights and this stage's
+layers. It does not know requests, sampling, or which micro-batch it is given.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model.attention import Attention, Pages, Tokens
+from model.config import Layer, ModelConfig
+from model.linear import matmul, rms_norm
+from model.mlp import Mlp
+from model.moe import Moe
+from sharding.collectives import gather_vocab, sum_over_vocab, vocab_shard_index
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(
+        self, config: ModelConfig, layer: Layer, num_routed: int, dtype: jnp.dtype
+    ) -> None:
+        self.config = config
+        self.attention = Attention(config, layer, dtype)
+        if layer.experts:
+            self.moe = Moe(config, num_routed, dtype)
+        else:
+            self.mlp = Mlp(config, dtype)
+        for place in norm_names(config):
+            setattr(self, place, nnx.Param(jnp.zeros((config.hidden_size,), dtype)))
+
+    def __call__(self, x_ND: jax.Array, pages: Pages, tokens: Tokens) -> tuple[jax.Array, Pages]:
+        y_ND, pages = self.attention(self._norm("attention_norm", x_ND), pages, tokens)
+        x_ND = x_ND + self._norm("attention_post_norm", y_ND)
+        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
+        y_ND = feed_forward(self._norm("mlp_norm", x_ND))
+        return x_ND + self._norm("mlp_post_norm", y_ND), pages
+
+    def _norm(self, place: str, x_ND: jax.Array) -> jax.Array:
+        """The norm at `place`, where the configuration has one."""
+        if not hasattr(self, place):
+            return x_ND
+        weight = getattr(self, place)[...]
+        return rms_norm(x_ND, weight, self.config.norm_eps, self.config.norm_offset)
+
+
+def norm_names(config: ModelConfig) -> tuple[str, ...]:
+    """The norms a layer has."""
+    before = ("attention_norm", "mlp_norm")
+    after = ("attention_post_norm", "mlp_post_norm")
+    return {"pre": before, "post": after, "both": before + after}[config.norm_placement]
+
+
+class Decoder(nnx.Module):
+    """`layers` are the layers of one stage; with padding of the vocabulary, `config` says what is real."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[Layer, ...],
+        padded_vocab: int,
+        num_routed: int,
+        dtype: jnp.dtype,
+    ) -> None:
+        self.config = config
+        self.embedding = nnx.Param(jnp.zeros((padded_vocab, config.hidden_size), dtype))
+        self.layers = nnx.List([DecoderLayer(config, layer, num_routed, dtype) for layer in layers])
+        self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
+        if not config.tie_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.hidden_size, padded_vocab), dtype))
+
+    def embed(self, tokens_N: Int[Array, "N"]) -> Float[Array, "N D"]:
+        table_VD = self.embedding[...]
+        local_N = tokens_N - vocab_shard_index() * table_VD.shape[0]
+        here_N = (local_N >= 0) & (local_N < table_VD.shape[0])
+        x_ND = jnp.where(here_N[:, None], table_VD[jnp.where(here_N, local_N, 0)], 0)
+        return sum_over_vocab(x_ND) * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
+
+    def run(
+        self, x_ND: Float[Array, "N D"], pages: list[Pages], tokens: Tokens
+    ) -> tuple[Float[Array, "N D"], list[Pages]]:
+        """This stage's layers."""
+        written: list[Pages] = []
+        for layer, layer_pages in zip(self.layers, pages, strict=True):
+            x_ND, layer_pages = layer(x_ND, layer_pages, tokens)
+            written.append(layer_pages)
+        return x_ND, written
+
+    def logits(self, x_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        """Float32 logits over the whole vocabulary, on every device."""
+        x_RD = rms_norm(x_RD, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+        head_DV = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+        logits_RV = matmul(x_RD, head_DV).astype(jnp.float32)
+        if self.config.logit_softcap is not None:
+            cap = self.config.logit_softcap
+            logits_RV = cap * jnp.tanh(logits_RV / cap)
+        return gather_vocab(logits_RV)[:, : self.config.vocab_size]

@@ -1,0 +1,28 @@
+"""The two parts every block is made of: a product with a weight, and an RMS norm.
+
+They do not know where the weight came from or how it is cut.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def matmul(x: Float[Array, "*N D"], weight: Float[Array, "D F"]) -> Float[Array, "*N F"]:
+    """x @ weight, exact to the dtype: float32 is never rounded to TF32 on the way."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, weight, precision=precision)
+
+
+def rms_norm(
+    x: Float[Array, "*N D"], weight: Float[Array, " D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*N D"]:
+    """x over its root mean square, times (weight + offset); computed in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(x)

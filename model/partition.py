@@ -1,0 +1,296 @@
+"""How a model is made to divide over a mesh, and its weights read onto it, shard by shard.
+
+A mesh wider than the kv heads serves an equivalent model whose kv heads are repeated; one wider than
+the experts, a model whose experts are split by width; the vocabulary is padded; stages that would be
+left without a layer get one of zeros, which is the identity. It does not know file formats
+(`model/checkpoint`) or which mesh is wise.
+"""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from model.attention import NO_WINDOW
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.rope import inverse_frequencies
+from sharding.mesh import STAGE, TENSOR, MeshError, MeshShape
+from sharding.rules import weight_spec
+
+Region = tuple[slice, ...]
+
+
+class Source(Protocol):
+    """Where weights are read from; `model/checkpoint` has several."""
+
+    def read(self, name: str, index: Region) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model on stage x tensor devices."""
+
+    config: ModelConfig
+    """The model as the checkpoint has it."""
+    stages: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        if reason := misfit(self.config, self.stages, self.tensor):
+            fitting = ", ".join(str(shape) for shape in fitting_meshes(self.config, 8))
+            raise MeshError(
+                f"mesh stage={self.stages},tensor={self.tensor} does not fit "
+                f"{self.config.architecture}: {reason}; up to 8 devices these fit: {fitting}"
+            )
+
+    @property
+    def kv_repeat(self) -> int:
+        return max(1, self.tensor // self.config.num_kv_heads)
+
+    @property
+    def expert_pieces(self) -> int:
+        experts = self.config.experts
+        return max(1, self.tensor // experts.num_experts) if experts else 1
+
+    @property
+    def layers_per_stage(self) -> int:
+        return -(-self.config.num_layers // self.stages)
+
+    @property
+    def padded_vocab(self) -> int:
+        shards = self.stages * self.tensor
+        return -(-self.config.vocab_size // shards) * shards
+
+    @property
+    def fitted(self) -> ModelConfig:
+        """The equivalent model that divides."""
+        experts = self.config.experts
+        if experts:
+            pieces = self.expert_pieces
+            experts = replace(
+                experts, num_experts=experts.num_experts * pieces, size=experts.size // pieces
+            )
+        heads = self.config.num_kv_heads * self.kv_repeat
+        return replace(self.config, num_kv_heads=heads, experts=experts)
+
+    def decoder(self, dtype: jnp.dtype) -> Decoder:
+        """The module of one stage (under `nnx.eval_shape`: its weights are zeros)."""
+        layers = self.config.layers[: self.layers_per_stage]
+        num_routed = self.config.experts.num_experts if self.config.experts else 0
+        return Decoder(self.fitted, layers, self.padded_vocab, num_routed, dtype)
+
+
+def misfit(config: ModelConfig, stages: int, tensor: int) -> str:
+    """Why the model doesn't divide over the mesh; empty when it does."""
+    heads, kv_heads, experts = config.num_heads, config.num_kv_heads, config.experts
+    if heads % tensor:
+        return f"{heads} query heads do not divide over tensor={tensor}"
+    if kv_heads % tensor and tensor % kv_heads:
+        return f"{kv_heads} kv heads neither divide over tensor={tensor} nor divide it"
+    if any(not layer.experts for layer in config.layers) and config.mlp_size % tensor:
+        return f"feed-forward width {config.mlp_size} does not divide over tensor={tensor}"
+    if experts and experts.num_experts % tensor:
+        if tensor % experts.num_experts:
+            return (
+                f"{experts.num_experts} experts neither divide over tensor={tensor} nor divide it"
+            )
+        if experts.size % (tensor // experts.num_experts):
+            pieces = tensor // experts.num_experts
+            return f"experts of width {experts.size} do not split into {pieces} for tensor={tensor}"
+    if stages > config.num_layers:
+        return f"{config.num_layers} layers are fewer than stage={stages}"
+    per_stage = -(-config.num_layers // stages)
+    for place in range(per_stage):
+        if len({layer.experts for layer in config.layers[place::per_stage]}) > 1:
+            return (
+                f"with stage={stages}, layers {place}, {place + per_stage}, ... share a program "
+                "but some are dense and some have experts"
+            )
+    return ""
+
+
+def fitting_meshes(config: ModelConfig, num_devices: int) -> list[MeshShape]:
+    """Every stage x tensor mesh of at most `num_devices` (a power of two) that the model divides over."""
+    sizes = [2**i for i in range(num_devices.bit_length())]
+    return [
+        MeshShape(stage=stage, tensor=tensor)
+        for stage in sizes
+        for tensor in sizes
+        if stage * tensor <= num_devices and not misfit(config, stage, tensor)
+    ]
+
+
+def abstract_weights(partition: Partition, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """The decoder's graph, and its weights as shapes: layers stacked over stages in front."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: partition.decoder(dtype)))
+
+    def stack(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        stages = (partition.stages,) if _name(path).startswith("layers.") else ()
+        return jax.ShapeDtypeStruct((*stages, *leaf.shape), leaf.dtype)
+
+    return graph, jax.tree_util.tree_map_with_path(stack, state)
+
+
+def weight_specs(weights: Any) -> Any:
+    """The tree of PartitionSpecs of a tree of weights."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: weight_spec(_name(path)), weights)
+
+
+def load_weights(
+    partition: Partition,
+    source: Source,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    progress: Callable[[str, int], None] = lambda name, num_bytes: None,
+) -> tuple[Any, Any]:
+    """The decoder's graph and its weights on `mesh`; each shard is read straight for its device.
+
+    `progress` is called with a weight's name and its bytes, all shards together.
+    """
+    assert dict(mesh.shape) == {STAGE: partition.stages, TENSOR: partition.tensor}
+    graph, abstract = abstract_weights(partition, dtype)
+
+    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = _name(path)
+        sharding = NamedSharding(mesh, weight_spec(name))
+
+        def read(index: Region) -> np.ndarray:
+            return _read_shard(partition, source, name, index, leaf.shape).astype(leaf.dtype)
+
+        array = jax.make_array_from_callback(leaf.shape, sharding, read)
+        progress(name, leaf.size * leaf.dtype.itemsize)
+        return array
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    with ThreadPoolExecutor(4) as pool:
+        weights = list(pool.map(lambda item: load(*item), leaves))
+    return graph, jax.tree.unflatten(tree, weights)
+
+
+def _name(path: Any) -> str:
+    """A weight's name as in `model/weights.py`, from its place in the module's state."""
+    keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return ".".join(str(key) for key in keys if key != "value")
+
+
+def _read_shard(
+    partition: Partition, source: Source, name: str, index: Region, shape: tuple[int, ...]
+) -> np.ndarray:
+    """One device's part of weight `name`, in the fitted model's layout."""
+    index = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
+    in_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if not in_layer:
+        return _read_padded(partition, source, name, index)
+    place, leaf = int(in_layer[1]), in_layer[2]
+    stage, rest = index[0], index[1:]
+    assert stage.stop - stage.start == 1, "a device holds one stage"
+    layer = stage.start * partition.layers_per_stage + place
+    if layer < partition.config.num_layers:
+        constant = _constant(partition.config, layer, leaf)
+        if constant is not None:
+            return constant[None]
+        return _read_fitted(partition, source, layer, leaf, rest)[None]
+    if (constant := _constant(partition.config, 0, leaf)) is not None:
+        return constant[None]
+    return np.zeros([cut.stop - cut.start for cut in index], np.float32)
+
+
+def _constant(config: ModelConfig, layer: int, leaf: str) -> np.ndarray | None:
+    """A number of the configuration that travels with the weights."""
+    inv_freq, factor = inverse_frequencies(config.layers[layer].rope, config.head_dim)
+    window = config.layers[layer].window
+    constants = {
+        "attention.inv_freq": inv_freq,
+        "attention.rope_factor": np.asarray(factor),
+        "attention.window": np.asarray(NO_WINDOW if window is None else window),
+    }
+    return constants.get(leaf)
+
+
+def _read_padded(partition: Partition, source: Source, name: str, index: Region) -> np.ndarray:
+    """A weight outside the layers; places past the vocabulary are zero."""
+    axis = {"embedding": 0, "head": 1}.get(name)
+    if axis is None:
+        return source.read(name, index)
+    cut, vocab = index[axis], partition.config.vocab_size
+    real = slice(min(cut.start, vocab), min(cut.stop, vocab))
+    part = source.read(name, (*index[:axis], real, *index[axis + 1 :]))
+    missing = (cut.stop - cut.start) - (real.stop - real.start)
+    return np.pad(part, [(0, missing if i == axis else 0) for i in range(part.ndim)])
+
+
+def _read_fitted(
+    partition: Partition, source: Source, layer: int, leaf: str, index: Region
+) -> np.ndarray:
+    """A layer's weight where kv heads may be repeated and experts split into pieces."""
+    name = f"layers.{layer}.{leaf}"
+    fit = _FITS.get(leaf)
+    repeat = partition.kv_repeat if leaf.startswith("attention.") else partition.expert_pieces
+    if fit is None or repeat == 1:
+        return source.read(name, index)
+    axis, take = fit
+    shape = _whole_shape(partition.config, leaf)
+    parts: list[np.ndarray] = []
+    for i in range(index[axis].start, index[axis].stop):
+        whole = tuple(slice(0, size) for size in shape)
+        one = (*whole[:axis], slice(i // repeat, i // repeat + 1), *whole[axis + 1 :])
+        parts.append(take(source.read(name, one), i % repeat, repeat, partition.config))
+    joined = np.concatenate(parts, axis)
+    return joined[(*index[:axis], slice(None), *index[axis + 1 :])]
+
+
+def _whole_shape(config: ModelConfig, leaf: str) -> tuple[int, ...]:
+    D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
+    E, F = (config.experts.num_experts, config.experts.size) if config.experts else (0, 0)
+    return {
+        "attention.qkv": (D, K, G + 2, C),
+        "attention.qkv_bias": (K, G + 2, C),
+        "attention.q_norm_all": (K, G, C),
+        "attention.k_norm_all": (K, C),
+        "attention.sinks": (K, G),
+        "attention.out": (K, G, C, D),
+        "moe.gate_up": (E, D, 2, F),
+        "moe.gate_up_bias": (E, 2, F),
+        "moe.down": (E, F, D),
+        "moe.down_bias": (E, D),
+    }[leaf]
+
+
+def _take(axis: int) -> Callable[..., np.ndarray]:
+    """Piece `i` of `n` equal ones along `axis`."""
+    return lambda x, i, n, config: np.split(x, n, axis)[i]
+
+
+def _take_qkv(axis: int) -> Callable[..., np.ndarray]:
+    """Piece `i` of `n` of a kv head's query heads, with its k and v."""
+
+    def take(x: np.ndarray, i: int, n: int, config: ModelConfig) -> np.ndarray:
+        group = config.group_size
+        heads = [*range(i * group // n, (i + 1) * group // n), group, group + 1]
+        return np.take(x, heads, axis)
+
+    return take
+
+
+# By weight: the axis of kv heads (or experts), and what one of its `n` pieces keeps.
+_FITS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
+    "attention.qkv": (1, _take_qkv(2)),
+    "attention.qkv_bias": (0, _take_qkv(1)),
+    "attention.q_norm_all": (0, _take(1)),
+    "attention.k_norm_all": (0, lambda x, i, n, config: x),
+    "attention.sinks": (0, _take(1)),
+    "attention.out": (0, _take(1)),
+    "moe.gate_up": (0, _take(3)),
+    "moe.gate_up_bias": (0, _take(2)),
+    "moe.down": (0, _take(1)),
+    # Pieces are added up, so only the first carries the bias.
+    "moe.down_bias": (0, lambda x, i, n, config: x if i == 0 else np.zeros_like(x)),
+}

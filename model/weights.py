@@ -1,0 +1,127 @@
+"""Names and shapes of a decoder's weights in Weft's layout, and what each is made of.
+
+The layout is the same for every family and every mesh; `sharding/rules.py` says how each is cut.
+It does not read files (`model/checkpoint`) and names no family (`model/families`).
+
+| name                               | shape            | notes                               |
+|------------------------------------|------------------|-------------------------------------|
+| embedding                          | [V, D]           |                                     |
+| head                               | [D, V]           | absent when embeddings are tied     |
+| final_norm                         | [D]              |                                     |
+| layers.I.attention.qkv             | [D, K, G + 2, C] | by kv head: its G query heads, k, v |
+| layers.I.attention.qkv_bias        | [K, G + 2, C]    | with qkv_bias                       |
+| layers.I.attention.q_norm          | [C]              | qk_norm "head"                      |
+| layers.I.attention.k_norm          | [C]              | qk_norm "head"                      |
+| layers.I.attention.q_norm_all      | [K, G, C]        | qk_norm "all"                       |
+| layers.I.attention.k_norm_all      | [K, C]           | qk_norm "all"                       |
+| layers.I.attention.sinks           | [K, G]           | with sinks                          |
+| layers.I.attention.out             | [K, G, C, D]     |                                     |
+| layers.I.attention.out_bias        | [D]              | with out_bias                       |
+| layers.I.mlp.gate_up               | [D, 2, F]        | dense layers                        |
+| layers.I.mlp.gate_up_bias          | [2, F]           | with mlp_bias                       |
+| layers.I.mlp.down                  | [F, D]           | dense layers                        |
+| layers.I.mlp.down_bias             | [D]              | with mlp_bias                       |
+| layers.I.moe.router                | [D, E]           | expert layers                       |
+| layers.I.moe.router_bias           | [E]              | with experts.bias                   |
+| layers.I.moe.gate_up               | [E, D, 2, F]     | expert layers; F is experts.size    |
+| layers.I.moe.gate_up_bias          | [E, 2, F]        | with experts.bias                   |
+| layers.I.moe.down                  | [E, F, D]        | expert layers                       |
+| layers.I.moe.down_bias             | [E, D]           | with experts.bias                   |
+| layers.I.attention_norm, .mlp_norm | [D]              | norm_placement "pre" or "both"      |
+| layers.I.attention_post_norm, .mlp_post_norm | [D]    | norm_placement "post" or "both"     |
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.config import Layer, ModelConfig
+
+Shape = tuple[int, ...]
+Pack = Callable[[Sequence[np.ndarray]], np.ndarray]
+Unpack = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of ours and the family's tensors that hold the same numbers.
+
+    `parts` lists the family's tensor names. With one part, `pack` makes the whole weight of it;
+    with several (experts), `pack` makes one slice `weight[i]` of `parts[i]`, so that a reader or
+    writer never needs more than one slice in memory. `unpack` is the exact inverse of `pack`.
+    """
+
+    name: str
+    shape: Shape
+    parts: tuple[tuple[str, ...], ...]
+    pack: Pack
+    unpack: Unpack
+
+
+def shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every weight of a model, in the order in which a forward pass meets them."""
+    D, V = config.hidden_size, config.vocab_size
+    found: dict[str, Shape] = {"embedding": (V, D)}
+    for i, layer in enumerate(config.layers):
+        found |= {f"layers.{i}.{name}": shape for name, shape in _layer(config, layer).items()}
+    found["final_norm"] = (D,)
+    if not config.tie_embeddings:
+        found["head"] = (D, V)
+    return found
+
+
+def _layer(config: ModelConfig, layer: Layer) -> dict[str, Shape]:
+    block = _experts(config) if layer.experts else _mlp(config)
+    norm = (config.hidden_size,)
+    before, after = config.norm_placement != "post", config.norm_placement != "pre"
+    return (
+        ({"attention_norm": norm} if before else {})
+        | _attention(config)
+        | ({"attention_post_norm": norm} if after else {})
+        | ({"mlp_norm": norm} if before else {})
+        | block
+        | ({"mlp_post_norm": norm} if after else {})
+    )
+
+
+def _attention(config: ModelConfig) -> dict[str, Shape]:
+    D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
+    found: dict[str, Shape] = {"attention.qkv": (D, K, G + 2, C)}
+    if config.qkv_bias:
+        found["attention.qkv_bias"] = (K, G + 2, C)
+    if config.qk_norm == "head":
+        found |= {"attention.q_norm": (C,), "attention.k_norm": (C,)}
+    if config.qk_norm == "all":
+        found |= {"attention.q_norm_all": (K, G, C), "attention.k_norm_all": (K, C)}
+    if config.sinks:
+        found["attention.sinks"] = (K, G)
+    found["attention.out"] = (K, G, C, D)
+    if config.out_bias:
+        found["attention.out_bias"] = (D,)
+    return found
+
+
+def _mlp(config: ModelConfig) -> dict[str, Shape]:
+    D, F = config.hidden_size, config.mlp_size
+    found: dict[str, Shape] = {"mlp.gate_up": (D, 2, F), "mlp.down": (F, D)}
+    if config.mlp_bias:
+        found |= {"mlp.gate_up_bias": (2, F), "mlp.down_bias": (D,)}
+    return found
+
+
+def _experts(config: ModelConfig) -> dict[str, Shape]:
+    assert config.experts is not None  # ModelConfig refuses expert layers without
+    D, E, F = config.hidden_size, config.experts.num_experts, config.experts.size
+    found: dict[str, Shape] = {
+        "moe.router": (D, E),
+        "moe.gate_up": (E, D, 2, F),
+        "moe.down": (E, F, D),
+    }
+    if config.experts.bias:
+        found |= {
+            "moe.router_bias": (E,),
+            "moe.gate_up_bias": (E, 2, F),
+            "moe.down_bias": (E, D),
+        }
+    return found

@@ -1,0 +1,101 @@
+"""The HTTP endpoint: `/metrics` for Prometheus, named as vLLM names them, and `/health`.
+
+It does not know requests: what it tells is what `Engine.load` says when it is asked.
+"""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from serve.front import Engine
+
+
+class HttpServer:
+    """Answers on `address`, HOST:PORT, while the context lasts; at port 0 the system chooses one.
+
+    Raises OSError when the address cannot be listened on.
+    """
+
+    def __init__(self, engine: Engine, address: str):
+        host, _, port = address.rpartition(":")
+        try:
+            self._server = ThreadingHTTPServer((host, int(port)), _handler(engine))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {address}: {error.strerror}; choose another host:port"
+            ) from None
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class LoadCollector:
+    """An engine's load as metrics, read anew at each scrape."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._engine.load()
+        gauges = {
+            "num_requests_running": load.num_running,
+            "num_requests_waiting": load.num_waiting,
+            "kv_cache_usage_perc": load.pages_used / max(load.pages_total, 1),
+        }
+        counters = {
+            "prompt_tokens": load.prompt_tokens,
+            "generation_tokens": load.generated_tokens,
+            "num_preemptions": load.num_preemptions,
+            "num_requests_finished": load.num_finished,
+            "compiles_after_warmup": load.compiles_after_warmup,
+        }
+        labels = {"model_name": self._engine.info.name}
+        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, value in values.items():
+                metric = family(f"weft:{name}", name.replace("_", " "), labels=list(labels))
+                metric.add_metric(list(labels.values()), value)
+                yield metric
+
+
+def _handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
+    registry = CollectorRegistry()
+    registry.register(LoadCollector(engine))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            match self.path:
+                case "/metrics":
+                    self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
+                case "/health":
+                    serves = engine.failure is None and not engine.load().draining
+                    self._answer(200 if serves else 503, b"ok" if serves else b"not serving")
+                case _:
+                    self._answer(404, b"there are /metrics and /health")
+
+        def _answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silent: a scrape every few seconds would drown the log."""
+
+    return Handler

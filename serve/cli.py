@@ -1,0 +1,178 @@
+"""The command line: `weft --help`.
+
+It knows what can be asked and nothing of how it is done: a command's module, and JAX with it, is
+imported when the command runs.
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="weft",
+    help="Serves large language models from a JAX mesh.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(
+    help="Measure; beside peers where they are installed.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Format(StrEnum):
+    ORBAX = "orbax"
+    HF = "hf"
+
+
+Model = Annotated[Path, typer.Argument(help="A converted or Hugging Face directory.")]
+Mesh = Annotated[str, typer.Option(help="Such as stage=2,tensor=2; one device unless told.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as mesh.tensor=2."),
+]
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A TOML file, such as configs/serve/demo.toml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Start an endpoint; SIGTERM or Ctrl-C finishes what runs and stops it."""
+    from serve.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from serve.commands import serve as command
+
+    command.run(loaded)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='JSON lines, each {"prompt": "..."} or {"prompt_ids": [...]}.',
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 128,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before an end is allowed.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.AUTO,
+    mesh: Mesh = "",
+    json: Json = False,
+) -> None:
+    """Generate offline, all prompts batched; results on stdout, in order."""
+    if (prompt is None) == (prompts_file is None):
+        raise typer.BadParameter("give either --prompt or --prompts-file")
+
+    from serve.commands import generate as command
+    from serve.request import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    prompts = command.read_prompts(prompts_file) if prompts_file is not None else [prompt or ""]
+    command.run(model, prompts, sampling, dtype=dtype, mesh=mesh, as_json=json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint's directory.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory to be made.")],
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps the checkpoint's.")] = Dtype.AUTO,
+    to: Annotated[Format, typer.Option(help="Orbax to serve from, hf for others.")] = Format.ORBAX,
+) -> None:
+    """Convert a checkpoint, verified, and all or nothing."""
+    from serve.commands import convert as command
+
+    command.run(source, destination, None if dtype is Dtype.AUTO else dtype.value, to.value)
+
+
+@bench.command()
+def offline(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint; a random one of 125M parameters unless told."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="An engine to time beside ours; repeatable.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Figures are medians of as many.")] = 3,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.FLOAT32,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here, too.")] = None,
+    json: Json = False,
+) -> None:
+    """Time generation without the wire, on the same prompts as the peers."""
+    from serve.commands import bench as command
+
+    command.offline(model, peer or [], runs, dtype=dtype.value, out=out, as_json=json)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="Check that this file's mesh fits.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Show devices, versions and memory, what is wrong, and what to do. Exits 1 if something is."""
+    from serve.commands import doctor as command
+
+    if not command.run(config, overrides or [], as_json=json):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script. A user's mistake ends in one line, ours in a traceback."""
+    try:
+        app()
+    except Exception as error:
+        from serve.commands.refusals import REFUSED, USAGE
+
+        if not isinstance(error, REFUSED):
+            raise
+        print(f"weft: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, USAGE) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,71 @@
+"""`weft serve`: an endpoint from its configuration to its last answer."""
+
+import asyncio
+import socket
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from serve.api.grpc_server import GrpcServer, run_until_signalled
+from serve.api.http_server import HttpServer
+from serve.build import build_engine
+from serve.commands.devices import ensure_devices
+from serve.commands.text import load_text
+from serve.config import ListenSection, ServeConfig
+from serve.front import Front
+from serve.progress import Progress
+
+
+def run(config: ServeConfig) -> None:
+    """Returns when a signal has ended it and what ran is finished."""
+    _check_free("listen.grpc", config.listen.grpc)
+    if config.listen.http:
+        _check_free("listen.http", config.listen.http)
+    text = load_text(Path(config.model.path))
+    ensure_devices(config.mesh)
+    engine = build_engine(config, Progress)
+    front = Front(engine, text.tokenizer, text.chat_template)
+    engine.start()
+    try:
+        asyncio.run(_serve(front, config.listen))
+    finally:
+        engine.stop()
+
+
+async def _serve(front: Front, listen: ListenSection) -> None:
+    server = GrpcServer(front, listen.grpc)
+    await server.start()
+    with HttpServer(front.engine, listen.http) if listen.http else nullcontext() as http:
+        addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
+        print(_greeting(front, *addresses), flush=True)
+        await run_until_signalled(server, listen.grace_s)
+
+
+def _at(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _greeting(front: Front, grpc: str, http: str | None) -> str:
+    """Says that the endpoint is ready, and a command that shows it."""
+    prompt, shown = ("'import '", "c.text") if front.tokenizer else ("[1]", "c.token_ids")
+    code = (
+        f"from serve.client import Client; [print({shown}, end='', flush=True) "
+        f"for c in Client('{grpc}').generate({prompt}, max_tokens=64)]"
+    )
+    metrics = f", metrics on http://{http}/metrics" if http else ""
+    return (
+        f"weft: {front.engine.info.name} is served on {grpc} (gRPC){metrics}; try\n"
+        f'{sys.executable} -c "{code}"'
+    )
+
+
+def _check_free(key: str, address: str) -> None:
+    """A taken port is told before the minutes that a large model takes to load."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {address}: {error.strerror}; choose with --set {key}=HOST:PORT"
+        ) from None

@@ -1,0 +1,252 @@
+"""What `weft serve` is told: a TOML file and `--set`, as frozen models whose errors name the key.
+
+It does not know which machine it will run on (`serve/build.py`) and imports no JAX.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tables = dict[str, Any]
+"""A TOML file as read: mostly tables in a table, until it is checked."""
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; says where it is wrong and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(Section):
+    path: str = Field(min_length=1)
+    """A converted or Hugging Face directory. Relative to the folder of the file that says so; in
+    `--set`, to the current directory. Absolute once loaded."""
+    name: str = ""
+    """What clients see; the folder's name unless told otherwise."""
+    dtype: Dtype = "auto"
+    """auto: the checkpoint's."""
+    max_context: Count | None = None
+    """Tokens of prompt and answer together, where less than the model's is wanted."""
+
+    @property
+    def served_name(self) -> str:
+        return self.name or Path(self.path).name
+
+
+class MeshSection(Section):
+    data: Count = 1
+    stage: Count = 1
+    tensor: Count = 1
+
+
+class CacheSection(Section):
+    pages: Count | None = None
+    """Pages of the pool, instead of a share of the memory."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each device's memory for weights and pages together; see `memory_share`."""
+    page_size: Count | None = None
+    """Tokens of a page, a power of two; see `tokens_per_page`."""
+    dtype: Dtype = "auto"
+    """auto: the model's."""
+
+    def memory_share(self, platform: str) -> float:
+        """On a CPU the memory is shared with everything else on the machine."""
+        return self.memory_fraction or (0.3 if platform == "cpu" else 0.9)
+
+    def tokens_per_page(self, platform: str) -> int:
+        """Large pages suit a GPU's wide loads; small ones waste less at a sequence's end."""
+        return self.page_size or (16 if platform == "cpu" else 64)
+
+    @field_validator("page_size")
+    @classmethod
+    def _power_of_two(cls, size: int | None) -> int | None:
+        if size is not None and size & (size - 1):
+            raise ValueError("a power of two, such as 16 or 64")
+        return size
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.pages is not None and self.memory_fraction is not None:
+            raise ValueError("set with either pages or memory_fraction, not both")
+        return self
+
+
+class ScheduleSection(Section):
+    max_batch: Count = 64
+    """Requests that run at once."""
+    token_budget: Count = 512
+    """New tokens of one step, decode rows and prefill chunks together."""
+    max_queue: Count = 1024
+    """Requests that may wait; those beyond are refused."""
+    max_steps: Count = 8
+    """Tokens a row advances in one device call when nobody waits."""
+    chunk: Count = 64
+    """Most prompt tokens of one prefill row."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of requests that bring none."""
+
+    @model_validator(mode="after")
+    def _chunk_within_budget(self) -> Self:
+        if self.chunk > self.token_budget:
+            raise ValueError(
+                f"such that chunk ({self.chunk}) is at most token_budget ({self.token_budget})"
+            )
+        return self
+
+
+class ListenSection(Section):
+    grpc: str = "127.0.0.1:8500"
+    """host:port; at port 0 the system chooses one. So it is with http."""
+    http: str = "127.0.0.1:8000"
+    """/metrics and /health; "" turns it off."""
+    grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long running requests may take to finish after SIGTERM."""
+
+    @field_validator("grpc", "http")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if address and not (host and port.isdecimal() and int(port) < 2**16):
+            raise ValueError('"host:port", such as "127.0.0.1:8500"')
+        return address
+
+    @field_validator("grpc")
+    @classmethod
+    def _not_off(cls, address: str) -> str:
+        if not address:
+            raise ValueError('"host:port"; gRPC cannot be turned off')
+        return address
+
+
+class ServeConfig(Section):
+    """An endpoint: one table of the TOML file for each field."""
+
+    model: ModelSection
+    mesh: MeshSection = MeshSection()
+    cache: CacheSection = CacheSection()
+    schedule: ScheduleSection = ScheduleSection()
+    listen: ListenSection = ListenSection()
+
+
+EXCLUSIVE = {("cache", "pages"): "memory_fraction", ("cache", "memory_fraction"): "pages"}
+"""Setting one with `--set` takes back the other."""
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ServeConfig:
+    """The configuration in `path`, with `overrides` such as "mesh.tensor=2" applied in order.
+
+    A value is read as TOML, and as plain text where that fails. Raises ConfigError.
+    """
+    path = Path(path)
+    values = _read(path)
+    _make_path_absolute(values, path.absolute().parent)
+    origins: dict[str, str] = {}
+    for override in overrides:
+        key = _apply(values, override)
+        origins[key] = f"--set {override}"
+        if key == "model.path":
+            _make_path_absolute(values, Path.cwd())
+    return make_config(values, str(path), origins)
+
+
+def make_config(
+    values: Mapping[str, Any], origin: str, origins: Mapping[str, str] | None = None
+) -> ServeConfig:
+    """The configuration in `values`, which errors say came from `origin`, or by key from `origins`.
+
+    Raises ConfigError.
+    """
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        problems: list[str] = []
+        for details in error.errors(include_url=False):
+            place = [str(part) for part in details["loc"]]
+            where = (origins or {}).get(".".join(place), origin)
+            problems.append(f"{where}: {_explain(place, details)}")
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _read(path: Path) -> Tables:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; give a TOML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8; give a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        # Python 3.12 tells the line in the message only.
+        line = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(f"{path}{f':{line[1]}' if line else ''}: {error}") from None
+
+
+def _make_path_absolute(values: Tables, folder: Path) -> None:
+    section: Tables | None = values.get("model")
+    if isinstance(section, dict) and isinstance(path := section.get("path"), str) and path:
+        section["path"] = str((folder / Path(path).expanduser()).resolve())
+
+
+def _apply(values: Tables, override: str) -> str:
+    """Sets the key that `override` names, and returns it."""
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"--set {override}: write section.key=value, such as mesh.tensor=2")
+    if not isinstance(values.setdefault(section, {}), dict):
+        found = values[section]
+        raise ConfigError(f"--set {override}: {section} is {found!r} in the file, not a section")
+    table: Tables = values[section]
+    table.pop(EXCLUSIVE.get((section, name), ""), None)
+    table[name] = _parse(text.strip())
+    return f"{section}.{name}"
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(place: Sequence[str], details: Mapping[str, Any]) -> str:
+    key, given = ".".join(place), details["input"]
+    match details["type"]:
+        case "extra_forbidden":
+            return _unknown(place)
+        case "missing":
+            return f"{key} is missing; [model] needs path, the directory of a checkpoint"
+        case "model_type":
+            return f"{key} is {given!r}; it must be a section, [{key}], of {', '.join(_keys(key))}"
+        case _:
+            expected = re.sub(r"^(Input should be|Value error,) ", "", details["msg"])
+            shown = f"[{key}]" if isinstance(given, Mapping) else f"{key} is {given!r}; it"
+            return f"{shown} must be {expected}"
+
+
+def _unknown(place: Sequence[str]) -> str:
+    """Names the nearest key: of the same section, else one that another section has."""
+    section, name = ".".join(place[:-1]), place[-1]
+    valid = _keys(section)
+    near = difflib.get_close_matches(name, valid, n=1)
+    elsewhere = [f"{other}.{name}" for other in _keys() if name in _keys(other)]
+    guess = f"did you mean {(near or elsewhere)[0]}? " if near or elsewhere else ""
+    where = f"[{section}] has" if section else "the sections are"
+    return f"{'.'.join(place)} is not a known key; {guess}{where} {', '.join(valid)}"
+
+
+def _keys(section: str = "") -> list[str]:
+    """The keys of a section, or the sections."""
+    if not section:
+        return list(ServeConfig.model_fields)
+    model: Any = ServeConfig.model_fields[section].annotation
+    return list(model.model_fields)

@@ -1,0 +1,158 @@
+"""A step's rows as one int32 array: packed on the host, unpacked inside the jitted step.
+
+One array is one transfer. Both directions stand here, read from one list of columns, so that they
+cannot drift apart. It does not know the scheduler's rules.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from model.sampling import Sampling
+from model.step import Batch, Rows, StepShape
+from serve.plan import Row, Sequence, StepPlan
+from serve.request import MAX_STOP_IDS
+
+HEADER = 2
+"""Tokens to advance; whether a row wants prompt logprobs."""
+
+ROW_COLUMNS = ("slot", "start", "length", "num_output", "remaining", "sampled")
+
+SAMPLING_COLUMNS: dict[str, tuple[type, int]] = {
+    "temperature": (np.float32, 1),
+    "top_k": (np.int32, 1),
+    "top_p": (np.float32, 1),
+    "min_p": (np.float32, 1),
+    "seed": (np.uint32, 2),
+    "repetition_penalty": (np.float32, 1),
+    "presence_penalty": (np.float32, 1),
+    "frequency_penalty": (np.float32, 1),
+    "end_ids": (np.int32, MAX_STOP_IDS),
+    "min_tokens": (np.int32, 1),
+    "logprobs": (np.bool_, 1),
+}
+"""dtype and width of each field of `model.sampling.Sampling`."""
+
+SAMPLING_WIDTH = sum(width for _, width in SAMPLING_COLUMNS.values())
+
+
+def sampling_row(sequence: Sequence, vocab_size: int) -> NDArray[np.int32]:
+    """A sequence's sampling parameters as columns [SAMPLING_WIDTH]; floats keep their bits."""
+    sampling = sequence.request.sampling
+    end_ids = sorted(id_ for id_ in sequence.end_ids if id_ < vocab_size)
+    special = {
+        "seed": [sequence.seed >> 32, sequence.seed & 0xFFFFFFFF],
+        "end_ids": end_ids + [vocab_size] * (MAX_STOP_IDS - len(end_ids)),
+        "logprobs": [sampling.logprobs is not None],
+    }
+    columns = [
+        np.asarray(special[name] if name in special else getattr(sampling, name), dtype).reshape(-1)
+        for name, (dtype, _) in SAMPLING_COLUMNS.items()
+    ]
+    return np.concatenate(
+        [c.astype(np.int32) if c.dtype == np.bool_ else c.view(np.int32) for c in columns]
+    )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The layout of one bucket's array: [micro-batches, width]."""
+
+    shape: StepShape
+    micro_batches: int
+    table_width: int
+
+    @property
+    def row_width(self) -> int:
+        return len(ROW_COLUMNS) + SAMPLING_WIDTH + self.table_width
+
+    @property
+    def rows_per_micro_batch(self) -> tuple[int, int]:
+        """Decode rows and prefill rows."""
+        return (
+            self.shape.num_decode // self.micro_batches,
+            self.shape.num_chunks // self.micro_batches,
+        )
+
+    def pack(
+        self,
+        plan: StepPlan,
+        sampling: NDArray[np.int32],
+        tables: NDArray[np.int32],
+    ) -> NDArray[np.int32]:
+        """The array of `plan`; `sampling` and `tables` hold a row per slot, the last for padding."""
+        M, (B, G), T = self.micro_batches, self.rows_per_micro_batch, self.shape.chunk
+        padding = len(sampling) - 1
+        rows = np.zeros((M, B + G, len(ROW_COLUMNS)), np.int32)
+        rows[..., 0] = padding
+        rows[..., 4] = 1
+        _fill(rows[:, :B], [_columns(row) for row in plan.decode])
+        _fill(rows[:, B:], [_columns(row) for row in plan.chunks])
+        tokens = np.zeros((M, G, T), np.int32)
+        targets = np.zeros((M, G, T), np.int32)
+        for i, row in enumerate(plan.chunks):
+            tokens[i // G, i % G, : row.length] = row.token_ids
+            targets[i // G, i % G, : len(row.targets)] = row.targets
+        slots = rows[..., 0]
+        header = np.zeros((M, HEADER), np.int32)
+        header[:, 0] = plan.num_tokens
+        for i, row in enumerate(plan.chunks):
+            header[i // G, 1] |= bool(row.targets)
+        parts = (header, rows, sampling[slots], tables[slots], tokens, targets)
+        return np.concatenate([part.reshape(M, -1) for part in parts], axis=1)
+
+    def unpack(self, packed: jax.Array) -> Batch:
+        """The inverse, traced inside the step."""
+        M, (B, G), T = self.micro_batches, self.rows_per_micro_batch, self.shape.chunk
+        shapes = (
+            (HEADER,),
+            (B + G, len(ROW_COLUMNS)),
+            (B + G, SAMPLING_WIDTH),
+            (B + G, self.table_width),
+            (G, T),
+            (G, T),
+        )
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        header, rows, sampling, tables, tokens, targets = (
+            part.reshape(M, *shape)
+            for part, shape in zip(jnp.split(packed, ends[:-1], axis=1), shapes, strict=True)
+        )
+        columns = {name: rows[..., i] for i, name in enumerate(ROW_COLUMNS)}
+        columns["sampled"] = columns["sampled"] != 0
+        return Batch(
+            rows=Rows(**columns, tables=tables, sampling=_unpack_sampling(sampling)),
+            chunk_tokens=tokens,
+            chunk_targets=targets,
+            wants_prompt_logprobs=header[:, 1] != 0,
+            num_tokens=header[0, 0],
+        )
+
+
+def _columns(row: Row) -> tuple[int, ...]:
+    sampled = int(row.num_tokens > 0)
+    return (row.slot, row.start, row.length, row.num_output, row.remaining, sampled)
+
+
+def _fill(rows: NDArray[np.int32], columns: list[tuple[int, ...]]) -> None:
+    """Deals `columns` to micro-batches in order: the first fills up before the second begins."""
+    width = rows.shape[1]
+    for first in range(0, len(columns), max(width, 1)):
+        some = columns[first : first + width]
+        rows[first // width, : len(some)] = some
+
+
+def _unpack_sampling(columns: jax.Array) -> Sampling:
+    fields: dict[str, jax.Array] = {}
+    at = 0
+    for name, (dtype, width) in SAMPLING_COLUMNS.items():
+        part = columns[..., at : at + width]
+        at += width
+        if dtype is np.bool_:
+            part = part != 0
+        elif dtype is not np.int32:
+            part = jax.lax.bitcast_convert_type(part, dtype)
+        fields[name] = part if width > 1 else part[..., 0]
+    return Sampling(**fields)

@@ -1,0 +1,106 @@
+"""What the scheduler hands to the runner: a step as a value.
+
+It holds no device arrays; everything here is plain Python.
+"""
+
+from dataclasses import dataclass, field
+
+from serve.request import GenerateRequest, TokenLogprobs
+
+
+@dataclass
+class Sequence:
+    """A request under way: its tokens so far, and how far the device has got.
+
+    Steps are planned before the last ones' tokens are known, so two counts run ahead of `tokens`.
+    """
+
+    request: GenerateRequest
+    order: int
+    """Arrival number; the earlier goes first."""
+    arrival_s: float
+    max_length: int
+    """Tokens at which it ends for length: prompt and output."""
+    end_ids: frozenset[int]
+    seed: int
+    tokens: list[int]
+    """The prompt, then the output as far as it has arrived on the host."""
+    num_prompt: int
+    slot: int | None = None
+    """Its row in page tables and device state while it runs."""
+    num_computed: int = 0
+    """Tokens whose keys and values are cached, or will be by the steps under way."""
+    prefill_end: int = 0
+    """Tokens to compute since it was admitted last, before the next can be chosen."""
+    num_in_flight: int = 0
+    """Tokens being sampled by the steps under way."""
+    finished: bool = False
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Those computed so far, until they are reported with the first token."""
+    prompt_reported: bool = False
+
+    @property
+    def num_output(self) -> int:
+        """Tokens chosen so far, those in flight included."""
+        return len(self.tokens) - self.num_prompt + self.num_in_flight
+
+    @property
+    def length(self) -> int:
+        """Prompt and output, tokens in flight included."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still be given."""
+        return self.max_length - self.length
+
+    @property
+    def prefilling(self) -> bool:
+        return self.num_computed < self.prefill_end
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The prompt's logprobs, once."""
+        taken, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        self.prompt_reported = True
+        return taken
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence's part in a step: one decode row, or up to a chunk of its prompt."""
+
+    sequence: Sequence
+    slot: int
+    start: int
+    """Position of the first new token."""
+    length: int
+    num_output: int
+    remaining: int
+    num_tokens: int
+    """Tokens the step chooses for it: 0 where the prompt goes on."""
+    token_ids: tuple[int, ...] = ()
+    """What a prefill row computes; a decode row's token is on the device."""
+    targets: tuple[int, ...] = ()
+    """The prompt's token after each of `token_ids`, when the request wants prompt logprobs."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Rows that advance together in one call of the device."""
+
+    decode: list[Row] = field(default_factory=list[Row])
+    chunks: list[Row] = field(default_factory=list[Row])
+    num_tokens: int = 1
+    """Tokens a decode row advances."""
+    admitted: list[Sequence] = field(default_factory=list[Sequence])
+    """Sequences whose slot is new to them: the device must learn their parameters."""
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.decode + self.chunks
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.chunks)

@@ -1,0 +1,133 @@
+"""How far long work is: a bar on a terminal, elsewhere a plain line every few seconds, on stderr.
+
+It does not know what the work is.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TextIO
+
+LINE_INTERVAL_S = 5.0
+"""Between plain lines: often enough to see that work goes on, rare enough for a log."""
+
+
+class Reporter(Protocol):
+    """Makes a Progress; the class itself is one, and `Silent` is another."""
+
+    def __call__(self, title: str, total: int | None = None, unit: str = "B") -> "Progress": ...
+
+
+class Progress:
+    """A piece of work of `total` units, to be used as a context; None: the total is told later.
+
+    The unit "B" is shown in kB, MB, GB; others, such as "programs", as they are.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int | None = None,
+        unit: str = "B",
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._started = self._told = clock()
+        self._bar: _Bar | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._told = self._clock()
+        if self._stream.isatty():
+            self._bar = _Bar(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if kind is None:
+            seconds = self._clock() - self._started
+            self._say(f"{_amount(self.done, self.unit)} in {seconds:.1f} s")
+
+    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
+        """`done` units in all so far; `detail` names the one at hand."""
+        self.done, self.total = done, self.total if total is None else total
+        if self._bar is not None:
+            self._bar.update(detail)
+        elif (now := self._clock()) - self._told >= LINE_INTERVAL_S:
+            self._told = now
+            self._say(", ".join(filter(None, [self._share(), detail])))
+
+    def advance(self, detail: str = "") -> None:
+        """One unit more."""
+        self.update(self.done + 1, detail=detail)
+
+    def _share(self) -> str:
+        if not self.total:
+            return _amount(self.done, self.unit)
+        return f"{100 * self.done // self.total}% of {_amount(self.total, self.unit)}"
+
+    def _say(self, text: str) -> None:
+        print(f"{self.title}: {text}", file=self._stream, flush=True)
+
+
+class Silent(Progress):
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
+        self.done = done
+
+
+class _Bar:
+    """rich's; imported here, since only a terminal needs it."""
+
+    def __init__(self, progress: Progress):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._progress = progress
+        is_bytes = progress.unit == "B"
+        self._rich: Any = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn() if is_bytes else MofNCompleteColumn(),
+            TextColumn("" if is_bytes else progress.unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=Console(file=progress._stream),
+            transient=True,
+        )
+        self._task = self._rich.add_task(progress.title, total=progress.total, detail="")
+        self._rich.start()
+
+    def update(self, detail: str) -> None:
+        progress = self._progress
+        self._rich.update(self._task, completed=progress.done, total=progress.total, detail=detail)
+
+    def close(self) -> None:
+        self._rich.stop()
+
+
+def _amount(number: int, unit: str) -> str:
+    if unit != "B":
+        return f"{number:,} {unit}"
+    for size, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.1f} {name}"
+    return f"{number} B"

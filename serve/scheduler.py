@@ -1,0 +1,367 @@
+"""Who is served when: admission, chunked prefill beside decode, preemption, endings.
+
+Plain Python on integers: it takes the time as an argument and knows neither devices nor text, so the
+same code runs in the server, the tests and the simulator.
+"""
+
+import heapq
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+from cache.tables import PageTables
+from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
+from serve.plan import Row, Sequence, StepPlan
+from serve.request import (
+    MAX_STOP_IDS,
+    FinishReason,
+    GenerateRequest,
+    Output,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step, one request and the queue may take."""
+
+    max_batch: int
+    """Sequences that run at once; each has a slot."""
+    token_budget: int
+    """New tokens of a step, decode rows and prefill together."""
+    chunk: int
+    """Tokens of a prefill row; a longer piece of prompt takes several rows of a step."""
+    max_steps: int
+    """Tokens a decode row advances in one call when nobody waits."""
+    max_queue: int
+    max_context: int
+
+    def __post_init__(self) -> None:
+        if self.token_budget <= self.max_batch:
+            raise ValueError(
+                f"schedule.token_budget is {self.token_budget}, schedule.max_batch {self.max_batch}: "
+                "a full batch would leave no tokens for prefill; raise token_budget above max_batch"
+            )
+
+    @property
+    def max_chunk_rows(self) -> int:
+        return max(1, self.token_budget // self.chunk)
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a step chose for one row."""
+
+    token_ids: ListLike[int]
+    logprobs: ListLike[TokenLogprobs] = ()
+    prompt_logprobs: ListLike[TokenLogprobs] = ()
+
+
+class Scheduler:
+    """Sequences waiting and running, and the pages and slots they hold."""
+
+    def __init__(self, limits: Limits, tables: PageTables, eos_ids: frozenset[int]) -> None:
+        self.limits = limits
+        self.tables = tables
+        self.eos_ids = eos_ids
+        self.running: list[Sequence] = []
+        """In order of precedence: the last is the first to be preempted."""
+        self.num_preemptions = 0
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._by_id: dict[str, Sequence] = {}
+        self._free_slots = list(range(limits.max_batch - 1, -1, -1))
+        self._num_arrived = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._by_id) - len(self.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, request: GenerateRequest, seed: int, now_s: float) -> None:
+        """Queues a request; `seed` serves where it names none.
+
+        Raises DuplicateRequest, Overloaded, or InvalidRequest when it could never be served.
+        """
+        if request.request_id in self._by_id:
+            raise DuplicateRequest(
+                f"request {request.request_id!r} is being served; choose another request_id"
+            )
+        max_length = self._max_length(request)
+        if self.num_waiting >= self.limits.max_queue:
+            raise Overloaded(
+                f"the queue holds {self.num_waiting} requests, schedule.max_queue allows "
+                f"{self.limits.max_queue}; try again later"
+            )
+        sampling = request.sampling
+        end_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos_ids)
+        if len(end_ids) > MAX_STOP_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids and the model's end ids are {len(end_ids)} together; "
+                f"at most {MAX_STOP_IDS} are possible"
+            )
+        self._num_arrived += 1
+        sequence = Sequence(
+            request=request,
+            order=self._num_arrived,
+            arrival_s=now_s,
+            max_length=max_length,
+            end_ids=frozenset(end_ids),
+            seed=seed if sampling.seed is None else sampling.seed,
+            tokens=list(request.prompt_ids),
+            num_prompt=len(request.prompt_ids),
+        )
+        self._by_id[request.request_id] = sequence
+        self._wait(sequence)
+
+    def _max_length(self, request: GenerateRequest) -> int:
+        """Tokens, prompt included, at which the request ends; refuses what can never fit."""
+        num_prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        if not num_prompt:
+            raise InvalidRequest("the prompt is empty; send at least one token")
+        if num_prompt >= self.limits.max_context:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt} tokens; the context of {self.limits.max_context} "
+                f"leaves room for {self.limits.max_context - 1} and one to generate"
+            )
+        pool = self.tables.pool
+        held = min(self.limits.max_context, pool.num_usable * pool.page_size)
+        length = self.limits.max_context if wanted is None else num_prompt + wanted
+        length = min(length, self.limits.max_context)
+        if min(length, num_prompt + 1 if wanted is None else length) > held:
+            raise InvalidRequest(
+                f"request {request.request_id!r} needs {pool.pages_for(length)} pages for "
+                f"{length} tokens, the cache has {pool.num_usable} in all; lower max_tokens, "
+                "shorten the prompt or raise cache.pages"
+            )
+        return min(length, held)
+
+    def abort(self, request_id: str, now_s: float) -> Output | None:
+        """Ends a request at once; None when there is no such request."""
+        sequence = self._by_id.get(request_id)
+        return sequence and self._finish(sequence, FinishReason.CANCELLED, (), now_s)
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """The next step: every decodable row, then prefill up to the token budget."""
+        admitted: list[Sequence] = []
+        decode, num_tokens = self._plan_decode()
+        chunks: list[Row] = []
+        budget = self.limits.token_budget - len(decode)
+        free_rows = self.limits.max_chunk_rows
+        while budget > 0 and free_rows > 0 and (sequence := self._next_prefill(now_s, admitted)):
+            width = min(budget, free_rows * self.limits.chunk)
+            rows = self._prefill_rows(sequence, width)
+            chunks += rows
+            free_rows -= len(rows)
+            budget -= sum(row.length for row in rows)
+        return StepPlan(decode, chunks, num_tokens, admitted)
+
+    def _plan_decode(self) -> tuple[list[Row], int]:
+        """Decode rows with their pages, preempting the latest arrivals where pages run out."""
+        num_tokens = self._num_tokens()
+        rows: list[Row] = []
+        for sequence in list(self.running):
+            if sequence.slot is None or sequence.prefilling or sequence.remaining <= 0:
+                continue
+            advance = min(num_tokens, sequence.remaining)
+            if not self._make_room(sequence, sequence.num_computed + advance):
+                continue
+            rows.append(self._row(sequence, sequence.num_computed, 1, advance))
+            sequence.num_computed += advance
+            sequence.num_in_flight += advance
+        return rows, num_tokens
+
+    def _num_tokens(self) -> int:
+        """How far decode rows go in one call: far when nobody waits and pages suffice, else one."""
+        if self._first_waiting() or any(sequence.prefilling for sequence in self.running):
+            return 1
+        decodable = [s for s in self.running if s.remaining > 0]
+        steps = max((min(self.limits.max_steps, s.remaining) for s in decodable), default=1)
+        missing = sum(
+            self.tables.missing(s.slot, s.num_computed + min(steps, s.remaining))
+            for s in decodable
+            if s.slot is not None
+        )
+        return steps if missing <= self.tables.pool.num_free else 1
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Pages for `num_tokens` tokens of a running sequence; False when it was itself preempted."""
+        assert sequence.slot is not None, "a sequence without a slot holds no pages"
+        while self.tables.missing(sequence.slot, num_tokens) > self.tables.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self.tables.grow(sequence.slot, num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes the pages and the slot back; its tokens are computed again later."""
+        self._leave(sequence)
+        sequence.num_computed = sequence.prefill_end = 0
+        sequence.prompt_logprobs.clear()
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _next_prefill(self, now_s: float, admitted: list[Sequence]) -> Sequence | None:
+        """The next sequence with prompt left to compute, admitting one when there is room."""
+        for sequence in self.running:
+            if sequence.prefilling:
+                return sequence
+        sequence = self._first_waiting()
+        if sequence is None or not self._free_slots:
+            return None
+        # The results of steps planned before a preemption must arrive before it is planned again.
+        # Each running sequence may soon want a page: admission leaves it one.
+        reserve = len(self.running)
+        needed = self.tables.pool.pages_for(len(sequence.tokens) + 1)
+        if sequence.num_in_flight or needed + reserve > self.tables.pool.num_free:
+            return None
+        heapq.heappop(self._waiting)
+        sequence.slot = self._free_slots.pop()
+        sequence.prefill_end = len(sequence.tokens)
+        self.tables.grow(sequence.slot, len(sequence.tokens) + 1)
+        if sequence.scheduled_s is None:
+            sequence.scheduled_s = now_s
+        self.running.append(sequence)
+        self.running.sort(key=_precedence)
+        admitted.append(sequence)
+        return sequence
+
+    def _prefill_rows(self, sequence: Sequence, width: int) -> list[Row]:
+        """The next tokens of a prompt, at most `width`, a chunk to a row."""
+        end = min(sequence.prefill_end, sequence.num_computed + width)
+        rows = [
+            self._prefill_row(sequence, start, min(start + self.limits.chunk, end))
+            for start in range(sequence.num_computed, end, self.limits.chunk)
+        ]
+        sequence.num_computed = end
+        sequence.num_in_flight = rows[-1].num_tokens
+        return rows
+
+    def _prefill_row(self, sequence: Sequence, start: int, stop: int) -> Row:
+        targets: list[int] = []
+        if sequence.request.sampling.prompt_logprobs is not None and not sequence.prompt_reported:
+            targets = sequence.tokens[start + 1 : min(stop + 1, sequence.num_prompt)]
+        return self._row(
+            sequence,
+            start,
+            stop - start,
+            int(stop == sequence.prefill_end),
+            tuple(sequence.tokens[start:stop]),
+            tuple(targets),
+        )
+
+    def _row(
+        self,
+        sequence: Sequence,
+        start: int,
+        length: int,
+        num_tokens: int,
+        token_ids: tuple[int, ...] = (),
+        targets: tuple[int, ...] = (),
+    ) -> Row:
+        assert sequence.slot is not None, "a row needs a slot"
+        return Row(
+            sequence=sequence,
+            slot=sequence.slot,
+            start=start,
+            length=length,
+            num_output=sequence.num_output,
+            remaining=sequence.remaining,
+            num_tokens=num_tokens,
+            token_ids=token_ids,
+            targets=targets,
+        )
+
+    def commit(self, plan: StepPlan, results: ListLike[RowResult], now_s: float) -> list[Output]:
+        """Takes in a step's tokens: what each request is given, and which requests end."""
+        outputs = [
+            self._commit_row(row, result, now_s)
+            for row, result in zip(plan.rows, results, strict=True)
+            if not row.sequence.finished
+        ]
+        return [output for output in outputs if output is not None]
+
+    def _commit_row(self, row: Row, result: RowResult, now_s: float) -> Output | None:
+        sequence = row.sequence
+        sequence.prompt_logprobs += result.prompt_logprobs
+        if not row.num_tokens:
+            return None
+        sequence.num_in_flight -= row.num_tokens
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        taken, reason = 0, None
+        while reason is None and taken < row.num_tokens:
+            token = result.token_ids[taken]
+            sequence.tokens.append(token)
+            taken += 1
+            if token in sequence.end_ids:
+                reason = FinishReason.STOP
+            elif len(sequence.tokens) >= sequence.max_length:
+                reason = FinishReason.LENGTH
+        token_ids, logprobs = tuple(result.token_ids[:taken]), tuple(result.logprobs[:taken])
+        if reason is not None:
+            return self._finish(sequence, reason, token_ids, now_s, logprobs)
+        return Output(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.take_prompt_logprobs(),
+        )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...],
+        now_s: float,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> Output:
+        """Ends a request and gives back all it holds."""
+        sequence.finished = True
+        del self._by_id[sequence.request.request_id]
+        if sequence.slot is not None:
+            self._leave(sequence)
+        scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
+        first_token_s = now_s if sequence.first_token_s is None else sequence.first_token_s
+        return Output(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.take_prompt_logprobs(),
+            finish_reason=reason,
+            usage=Usage(sequence.num_prompt, len(sequence.tokens) - sequence.num_prompt),
+            timings=Timings(
+                scheduled_s - sequence.arrival_s,
+                first_token_s - sequence.arrival_s,
+                now_s - sequence.arrival_s,
+                sequence.num_preemptions,
+            ),
+        )
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes a running sequence's pages and slot back."""
+        assert sequence.slot is not None, "only a running sequence leaves"
+        self.tables.free(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        self.running.remove(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (*_precedence(sequence), sequence))
+
+    def _first_waiting(self) -> Sequence | None:
+        """The sequence to admit next; those that ended while they waited are dropped."""
+        while self._waiting and self._waiting[0][2].finished:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][2] if self._waiting else None
+
+
+def _precedence(sequence: Sequence) -> tuple[int, int]:
+    """Lower goes first; a preempted sequence keeps its place."""
+    return (sequence.request.priority, sequence.order)

@@ -1,0 +1,91 @@
+"""Engines in processes of their own, and what is said when they fail."""
+
+import ast
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import bench.peers.protocol
+import bench.peers.transformers_worker
+from bench.peers.protocol import Job
+from bench.peers.worker import Worker, WorkerError
+from tests.bench.fake_worker import count
+
+
+def fake(*options: str) -> Worker:
+    return Worker("fake", [sys.executable, "-m", "tests.bench.fake_worker", *options])
+
+
+def test_worker_says_what_it_is_and_answers_each_job():
+    with fake() as worker:
+        assert worker.ready.versions == {"fake": "1.0"}
+        for num_tokens in (1, 5):
+            answer = worker.ask(Job([[1, 2], [3, 40]], num_tokens))
+            assert answer.token_ids == [count(2, num_tokens), count(40, num_tokens)]
+            assert answer.margins == []
+        assert worker.ask(Job([[7]], 2, margins=True)).margins == [[0.25, 0.25]]
+        assert worker.cpu_s() > 0
+
+
+def test_what_a_library_prints_does_not_disturb_the_answers():
+    with fake("--fault=print") as worker:
+        assert worker.ask(Job([[1]], 1)).token_ids == [[2]]
+
+
+def test_leaving_ends_the_process():
+    with fake() as worker:
+        process = psutil.Process(worker.pid)
+    assert not process.is_running()
+
+
+def test_worker_that_cannot_start_says_why():
+    with pytest.raises(WorkerError, match="fake: FileNotFoundError: there is no such model"):
+        fake("--fault=start")
+
+
+def test_worker_whose_python_fails_shows_its_last_words():
+    with pytest.raises(WorkerError, match=r"(?s)ended with status 1.*No module named"):
+        Worker("fake", [sys.executable, "-m", "tests.bench.no_such_worker"])
+
+
+def test_worker_goes_on_after_a_job_it_cannot_do():
+    with fake("--fault=refuse") as worker:
+        with pytest.raises(WorkerError, match="fake: ValueError: one prompt at most"):
+            worker.ask(Job([[1], [2]], 1))
+        assert worker.ask(Job([[1]], 1)).token_ids == [[2]]
+
+
+def test_worker_that_dies_shows_its_last_words():
+    with fake("--fault=die") as worker:
+        for _ in range(2):  # the second job finds the pipe closed
+            with pytest.raises(WorkerError, match=r"(?s)status 3.*out of memory, or so"):
+                worker.ask(Job([[1]], 1))
+
+
+@pytest.mark.parametrize("module", [bench, bench.peers, bench.peers.protocol])
+def test_what_a_peer_imports_needs_only_the_standard_library_of_python_3_11(module):
+    tree = ast.parse(source(module), feature_version=(3, 11))
+    imported = {name for node in ast.walk(tree) for name in modules_of(node)}
+    assert imported <= sys.stdlib_module_names
+
+
+def test_transformers_worker_imports_nothing_of_weft_but_the_protocol():
+    tree = ast.parse(source(bench.peers.transformers_worker), feature_version=(3, 11))
+    imported = {name for node in ast.walk(tree) for name in modules_of(node)}
+    assert imported - sys.stdlib_module_names == {"bench", "torch", "transformers"}
+
+
+def source(module) -> str:
+    return Path(module.__file__).read_text()
+
+
+def modules_of(node: ast.AST) -> list[str]:
+    match node:
+        case ast.Import():
+            return [alias.name.partition(".")[0] for alias in node.names]
+        case ast.ImportFrom():
+            return [(node.module or "").partition(".")[0]]
+        case _:
+            return []

@@ -1,0 +1,51 @@
+import urllib.error
+import urllib.request
+from http.client import HTTPResponse
+
+import pytest
+
+from serve.api.http_server import HttpServer
+from tests.serve.fake_engine import FakeEngine
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        response: HTTPResponse = urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5)
+        with response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_metrics_are_named_like_vllms_and_carry_the_model() -> None:
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        status, text = get(server.port, "/metrics")
+    assert status == 200
+    assert 'weft:num_requests_running{model_name="fake"} 0.0' in text
+    assert 'weft:generation_tokens_total{model_name="fake"} 0.0' in text
+    assert "# TYPE weft:kv_cache_usage_perc gauge" in text
+
+
+def test_health_ends_with_a_drain_or_a_failure() -> None:
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        assert get(server.port, "/health") == (200, "ok")
+        engine.drain()
+        assert get(server.port, "/health")[0] == 503
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        engine.fail(RuntimeError("broken"))
+        assert get(server.port, "/health")[0] == 503
+
+
+def test_another_path_is_told_which_there_are() -> None:
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        assert get(server.port, "/") == (404, "there are /metrics and /health")
+
+
+def test_a_taken_port_is_refused_by_name() -> None:
+    with (
+        FakeEngine() as engine,
+        HttpServer(engine, "127.0.0.1:0") as server,
+        pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{server.port}"),
+    ):
+        HttpServer(engine, f"127.0.0.1:{server.port}")
