@@ -181,14 +181,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--out", type=Path, help="write the JSON here too, as in bench/results")
     args = parser.parse_args()
-    report = run(
-        args.model,
-        args.peer,
-        args.runs,
-        args.out,
-        dtype=args.dtype,
-        tell=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    try:
+        report = run(
+            args.model,
+            args.peer,
+            args.runs,
+            args.out,
+            dtype=args.dtype,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except (ValueError, WorkerError) as error:
+        sys.exit(f"weft bench offline: {error}")
     print(report.to_json() if args.json else report.to_markdown())
 
 

@@ -96,10 +96,13 @@ class ScheduleSection(Section):
     """Of requests that bring none."""
 
     @model_validator(mode="after")
-    def _chunk_within_budget(self) -> Self:
-        if self.chunk > self.token_budget:
+    def _budget_for_all(self) -> Self:
+        least = max(self.chunk, self.max_batch + 1)
+        if self.token_budget < least:
             raise ValueError(
-                f"such that chunk ({self.chunk}) is at most token_budget ({self.token_budget})"
+                f"such that token_budget ({self.token_budget}) is above max_batch "
+                f"({self.max_batch}), or a full batch would leave none for prefill, and at least "
+                f"chunk ({self.chunk})"
             )
         return self
 

@@ -1,0 +1,182 @@
+"""From a configuration to an engine: mesh, weights, pages, compiled programs.
+
+It does not know the command line; what takes long is told to a Reporter.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh
+
+from cache.pages import PagePool
+from cache.tables import PageTables
+from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
+from model.config import ModelConfig
+from model.families import read_model_config
+from model.partition import Partition, abstract_weights, load_weights
+from serve.config import ConfigError, ServeConfig
+from serve.engine import Engine, ModelInfo
+from serve.progress import Reporter, Silent
+from serve.replicas import Replicas
+from serve.runner import CacheShape, Runner, page_bytes
+from serve.scheduler import Limits, Scheduler
+from sharding.mesh import MeshShape, make_meshes
+
+log = logging.getLogger("weft")
+
+
+def build_engine(
+    config: ServeConfig,
+    progress: Reporter = Silent,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine | Replicas:
+    """Loads and compiles what `config` asks for; the caller starts and stops it.
+
+    Raises ConfigError, CheckpointError, UnsupportedModel or MeshError, which say what to change.
+    """
+    directory = Path(config.model.path)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"there is no model directory {directory}; give model.path a converted or "
+            "Hugging Face directory"
+        )
+    model = read_model_config(directory)
+    shape = MeshShape(config.mesh.data, config.mesh.stage, config.mesh.tensor)
+    partition = Partition(model, shape.stage, shape.tensor)
+    meshes = make_meshes(shape)
+    source = open_checkpoint(directory)
+    engines = [
+        _build_replica(
+            config,
+            partition,
+            mesh,
+            source,
+            random.Random(config.schedule.seed + i),
+            progress,
+            clock,
+        )
+        for i, mesh in enumerate(meshes)
+    ]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def _build_replica(
+    config: ServeConfig,
+    partition: Partition,
+    mesh: Mesh,
+    source: TensorSource,
+    seeds: random.Random,
+    progress: Reporter,
+    clock: Callable[[], float],
+) -> Engine:
+    model = partition.config
+    dtype = jnp.dtype(model.dtype if config.model.dtype == "auto" else config.model.dtype)
+    limits = _limits(config, model)
+    graph, weights = _load(partition, mesh, source, dtype, progress)
+    platform = mesh.devices.flat[0].platform
+    page_size = config.cache.tokens_per_page(platform)
+    cache_dtype = dtype if config.cache.dtype == "auto" else jnp.dtype(config.cache.dtype)
+    num_pages = config.cache.pages or _num_pages(
+        config, partition, limits, mesh, weights, page_size, cache_dtype
+    )
+    # Page 0 takes padding's writes and holds nobody's tokens.
+    pool = PagePool(num_pages + 1, page_size)
+    tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
+    cache = CacheShape(pool.num_pages, page_size, cache_dtype)
+    runner = Runner(partition, mesh, graph, weights, cache, limits, tables.width, tables.array)
+    with progress("compiling", len(runner.shapes), "programs") as bar:
+        runner.compile_all(lambda name, done: bar.update(done, detail=name))
+    info = ModelInfo(
+        name=config.model.served_name,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_context=limits.max_context,
+        dtype=dtype.name,
+        mesh=dict(mesh.shape) | {"data": 1},
+        num_pages=num_pages,
+        page_size=page_size,
+        max_batch=limits.max_batch,
+        eos_ids=model.eos_ids,
+    )
+    scheduler = Scheduler(limits, tables, frozenset(model.eos_ids))
+    return Engine(info, scheduler, runner, seeds, clock)
+
+
+def _limits(config: ServeConfig, model: ModelConfig) -> Limits:
+    asked = config.model.max_context
+    if asked is not None and asked > model.max_context:
+        raise ConfigError(
+            f"model.max_context is {asked}, the model was made for {model.max_context}; "
+            "lower it or leave it out"
+        )
+    schedule = config.schedule
+    return Limits(
+        max_batch=schedule.max_batch,
+        token_budget=schedule.token_budget,
+        chunk=schedule.chunk,
+        max_steps=schedule.max_steps,
+        max_queue=schedule.max_queue,
+        max_context=asked or model.max_context,
+    )
+
+
+def _load(
+    partition: Partition, mesh: Mesh, source: TensorSource, dtype: jnp.dtype, progress: Reporter
+) -> tuple[Any, Any]:
+    _, abstract = abstract_weights(partition, dtype)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    done = 0
+    with progress("loading weights", total) as bar:
+
+        def count(name: str, num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            bar.update(done, detail=name)
+
+        return load_weights(partition, source, mesh, dtype, count)
+
+
+def _num_pages(
+    config: ServeConfig,
+    partition: Partition,
+    limits: Limits,
+    mesh: Mesh,
+    weights: Any,
+    page_size: int,
+    dtype: jnp.dtype,
+) -> int:
+    """As many pages as the memory share holds beside weights and activations, and can be used."""
+    device = mesh.devices.flat[0]
+    share = config.cache.memory_share(device.platform)
+    stats = device.memory_stats()
+    if stats is not None:
+        memory = stats["bytes_limit"]
+    else:  # the devices of a CPU share its memory
+        memory = psutil.virtual_memory().total // mesh.devices.size
+    weight_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights))
+    one_page = page_bytes(partition, page_size, dtype)
+    budget = int(memory * share) - weight_bytes - _activation_bytes(partition, limits)
+    usable = limits.max_batch * -(-limits.max_context // page_size)
+    if budget < one_page:
+        raise ConfigError(
+            f"{share:.0%} of {memory:,} bytes a device leaves no room for a page of {one_page:,} "
+            f"bytes beside {weight_bytes:,} bytes of weights; raise cache.memory_fraction, lower "
+            "schedule.max_batch or schedule.token_budget, or use more devices"
+        )
+    return min(budget // one_page, usable)
+
+
+def _activation_bytes(partition: Partition, limits: Limits) -> int:
+    """An upper estimate of a step's temporaries on one device."""
+    model = partition.config
+    rows = limits.max_batch + limits.max_chunk_rows
+    width = 4 * model.hidden_size + 3 * model.mlp_size // partition.tensor
+    # Float32 logits and a few copies of them (penalties, sampling), beside the widest layer's.
+    return 4 * (6 * rows * model.vocab_size + limits.token_budget * width)

@@ -1,0 +1,197 @@
+"""The loop that serves one replica: schedule, submit, commit, forever.
+
+It does not know text, the wire, or how a step is computed.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from serve.errors import InvalidRequest, Unavailable
+from serve.request import FinishReason, GenerateRequest, Load, Output
+from serve.runner import Pending, Runner
+from serve.scheduler import Scheduler
+
+log = logging.getLogger("weft")
+
+Sink = Callable[[Output], None]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is served, and on what."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    max_context: int
+    dtype: str
+    mesh: Mapping[str, int]
+    num_pages: int
+    page_size: int
+    max_batch: int
+    eos_ids: tuple[int, ...]
+
+
+class Engine:
+    """A scheduler and a runner, and the thread that moves them. All public methods are thread-safe."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        scheduler: Scheduler,
+        runner: Runner,
+        seeds: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self.failure: BaseException | None = None
+        """Why the loop died; every request under way was given FinishReason.ERROR."""
+        self._scheduler = scheduler
+        self._runner = runner
+        self._seeds = seeds
+        self._clock = clock
+        self._in_flight: Pending | None = None
+        self._sinks: dict[str, Sink] = {}
+        self._undelivered: list[Output] = []
+        self._changed = threading.Condition()
+        """Guards the scheduler and all of these; held while planning, never while the device works."""
+        self._draining = self._stopping = False
+        self._num_finished = self._num_generated = self._num_prompt = 0
+        self._thread = threading.Thread(target=self._loop, name="weft-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop after the step under way; requests still running are cancelled."""
+        with self._changed:
+            self._stopping = self._draining = True
+            for request_id in list(self._sinks):
+                self._cancel(request_id)
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Queues a request; `sink` gets each Output on the engine's thread, the last with a reason.
+
+        Raises InvalidRequest, DuplicateRequest, Overloaded or Unavailable; then sink is never called.
+        """
+        vocab = self.info.vocab_size
+        wrong = [i for i in request.prompt_ids if not 0 <= i < vocab]
+        if wrong:
+            raise InvalidRequest(
+                f"prompt token id {wrong[0]} is outside the vocabulary: ids go from 0 to {vocab - 1}"
+            )
+        with self._changed:
+            if self.failure is not None:
+                raise Unavailable(f"the engine has failed: {self.failure}")
+            if self._draining:
+                raise Unavailable("the server is draining; send the request to another replica")
+            self._scheduler.add(request, self._seeds.getrandbits(63), self._clock())
+            self._sinks[request.request_id] = sink
+            self._changed.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its pages and slot are free for the next step. Unknown ids are ignored."""
+        with self._changed:
+            self._cancel(request_id)
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Refuses what comes and finishes what runs; returns at once."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Whether every request has ended and been told so, within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._sinks, timeout_s)
+
+    def load(self) -> Load:
+        pool = self._scheduler.tables.pool
+        with self._changed:
+            return Load(
+                num_running=len(self._scheduler.running),
+                num_waiting=self._scheduler.num_waiting,
+                pages_used=pool.num_used,
+                pages_total=pool.num_usable,
+                max_batch=self._scheduler.limits.max_batch,
+                max_queue=self._scheduler.limits.max_queue,
+                num_preemptions=self._scheduler.num_preemptions,
+                num_finished=self._num_finished,
+                generated_tokens=self._num_generated,
+                prompt_tokens=self._num_prompt,
+                compiles_after_warmup=self._runner.num_compiled_late,
+                draining=self._draining,
+            )
+
+    def step(self) -> None:
+        """One turn: the next step is on its way before the last one's tokens are read."""
+        with self._changed:
+            plan = self._scheduler.schedule(self._clock())
+        pending = self._runner.submit(plan) if plan else None
+        last, self._in_flight = self._in_flight, pending
+        outputs = self._commit(last) if last else []
+        self._deliver(outputs)
+
+    def _commit(self, pending: Pending) -> list[Output]:
+        results = pending.results()
+        with self._changed:
+            return self._scheduler.commit(pending.plan, results, self._clock())
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        with self._changed:
+            outputs = self._undelivered + outputs
+            self._undelivered = []
+            sinks = [self._sink(output) for output in outputs]
+        for sink, output in zip(sinks, outputs, strict=True):
+            sink(output)
+        if any(output.finish_reason for output in outputs):
+            with self._changed:
+                self._changed.notify_all()
+
+    def _sink(self, output: Output) -> Sink:
+        self._num_generated += len(output.token_ids)
+        if output.finish_reason is None:
+            return self._sinks[output.request_id]
+        self._num_finished += 1
+        self._num_prompt += output.usage.prompt_tokens if output.usage else 0
+        return self._sinks.pop(output.request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        if output := self._scheduler.abort(request_id, self._clock()):
+            self._undelivered.append(output)
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self.step()
+        except BaseException as error:
+            log.exception("the engine's loop died")
+            self._fail(error)
+
+    def _wait_for_work(self) -> bool:
+        """Sleeps while there is nothing to do; False when the loop is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._has_work())
+            return self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._scheduler.has_work or self._in_flight or self._undelivered)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = error
+            sinks, self._sinks = self._sinks, {}
+            self._changed.notify_all()
+        ended = Output(
+            "", (), finish_reason=FinishReason.ERROR, error=f"the engine failed: {error}"
+        )
+        for request_id, sink in sinks.items():
+            sink(replace(ended, request_id=request_id))

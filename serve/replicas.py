@@ -1,0 +1,89 @@
+"""Replicas along the mesh's `data` axis behind one engine's face.
+
+Replicas share nothing, so each is an engine of its own and no step waits for another's. It does not
+know other machines (that is the router's).
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+from serve.engine import Engine, ModelInfo, Sink
+from serve.errors import DuplicateRequest
+from serve.request import GenerateRequest, Load, Output
+
+
+class Replicas:
+    """Sends each request to the replica with the fewest."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = list(engines)
+        self._homes: dict[str, Engine] = {}
+        self._lock = threading.Lock()
+        first = engines[0].info
+        self.info: ModelInfo = replace(
+            first,
+            mesh={**first.mesh, "data": len(engines)},
+            num_pages=sum(engine.info.num_pages for engine in engines),
+            max_batch=sum(engine.info.max_batch for engine in engines),
+        )
+
+    @property
+    def failure(self) -> BaseException | None:
+        return next((e.failure for e in self._engines if e.failure is not None), None)
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        def forget_when_done(output: Output) -> None:
+            if output.finish_reason is not None:
+                with self._lock:
+                    self._homes.pop(output.request_id, None)
+            sink(output)
+
+        with self._lock:
+            if request.request_id in self._homes:
+                raise DuplicateRequest(
+                    f"request {request.request_id!r} is being served; choose another request_id"
+                )
+            home = min(self._engines, key=_num_requests)
+            home.submit(request, forget_when_done)
+            self._homes[request.request_id] = home
+
+    def abort(self, request_id: str) -> None:
+        with self._lock:
+            home = self._homes.get(request_id)
+        if home is not None:
+            home.abort(request_id)
+
+    def load(self) -> Load:
+        """The sum over replicas."""
+        loads = [engine.load() for engine in self._engines]
+        return Load(
+            **{
+                field.name: _total([getattr(x, field.name) for x in loads])
+                for field in fields(Load)
+            }
+        )
+
+    def drain(self) -> None:
+        for engine in self._engines:
+            engine.drain()
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        return all([engine.wait_idle(timeout_s) for engine in self._engines])
+
+    def start(self) -> None:
+        for engine in self._engines:
+            engine.start()
+
+    def stop(self) -> None:
+        for engine in self._engines:
+            engine.stop()
+
+
+def _num_requests(engine: Engine) -> int:
+    load = engine.load()
+    return load.num_running + load.num_waiting
+
+
+def _total(values: Sequence[int | bool]) -> int | bool:
+    return any(values) if isinstance(values[0], bool) else sum(values)
