@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo
 from serve.progress import Reporter, Silent
 from serve.replicas import Replicas
-from serve.runner import CacheShape, Runner, page_bytes
+from serve.programs import CacheShape, Programs
+from serve.runner import Runner
 from serve.scheduler import Limits, Scheduler
 from sharding.mesh import MeshShape, make_meshes
 
@@ -79,18 +81,12 @@ def _build_replica(
     model = partition.config
     dtype = jnp.dtype(model.dtype if config.model.dtype == "auto" else config.model.dtype)
     limits = _limits(config, model)
-    graph, weights = _load(partition, mesh, source, dtype, progress)
-    platform = mesh.devices.flat[0].platform
-    page_size = config.cache.tokens_per_page(platform)
-    cache_dtype = dtype if config.cache.dtype == "auto" else jnp.dtype(config.cache.dtype)
-    num_pages = config.cache.pages or _num_pages(
-        config, partition, limits, mesh, weights, page_size, cache_dtype
-    )
-    # Page 0 takes padding's writes and holds nobody's tokens.
-    pool = PagePool(num_pages + 1, page_size)
+    _, weights = _load(partition, mesh, source, dtype, progress)
+    cache = _cache(config, partition, limits, mesh, weights, dtype)
+    pool = PagePool(cache.num_pages, cache.page_size)
     tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
-    cache = CacheShape(pool.num_pages, page_size, cache_dtype)
-    runner = Runner(partition, mesh, graph, weights, cache, limits, tables.width, tables.array)
+    programs = Programs(partition, mesh, cache, limits, tables.width, dtype)
+    runner = Runner(programs, weights, tables.array)
     with progress("compiling", len(runner.shapes), "programs") as bar:
         runner.compile_all(lambda name, done: bar.update(done, detail=name))
     info = ModelInfo(
@@ -100,8 +96,8 @@ def _build_replica(
         max_context=limits.max_context,
         dtype=dtype.name,
         mesh=dict(mesh.shape) | {"data": 1},
-        num_pages=num_pages,
-        page_size=page_size,
+        num_pages=pool.num_usable,
+        page_size=pool.page_size,
         max_batch=limits.max_batch,
         eos_ids=model.eos_ids,
     )
@@ -143,34 +139,46 @@ def _load(
         return load_weights(partition, source, mesh, dtype, count)
 
 
-def _num_pages(
+def _cache(
     config: ServeConfig,
     partition: Partition,
     limits: Limits,
     mesh: Mesh,
     weights: Any,
-    page_size: int,
-    dtype: jnp.dtype,
-) -> int:
-    """As many pages as the memory share holds beside weights and activations, and can be used."""
+    dtype: Any,
+) -> CacheShape:
+    """The pool: as configured, or what the memory share holds beside weights and activations."""
     device = mesh.devices.flat[0]
-    share = config.cache.memory_share(device.platform)
-    stats = device.memory_stats()
-    if stats is not None:
-        memory = stats["bytes_limit"]
-    else:  # the devices of a CPU share its memory
-        memory = psutil.virtual_memory().total // mesh.devices.size
-    weight_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights))
-    one_page = page_bytes(partition, page_size, dtype)
-    budget = int(memory * share) - weight_bytes - _activation_bytes(partition, limits)
-    usable = limits.max_batch * -(-limits.max_context // page_size)
-    if budget < one_page:
-        raise ConfigError(
-            f"{share:.0%} of {memory:,} bytes a device leaves no room for a page of {one_page:,} "
-            f"bytes beside {weight_bytes:,} bytes of weights; raise cache.memory_fraction, lower "
-            "schedule.max_batch or schedule.token_budget, or use more devices"
+    cache_dtype = dtype if config.cache.dtype == "auto" else jnp.dtype(config.cache.dtype)
+    cache = CacheShape(1, config.cache.tokens_per_page(device.platform), cache_dtype)
+    num_pages = config.cache.pages
+    if num_pages is None:
+        weight_bytes = sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights)
         )
-    return min(budget // one_page, usable)
+        share = config.cache.memory_share(device.platform)
+        memory = _device_memory(mesh)
+        beside = weight_bytes + _activation_bytes(partition, limits)
+        one_page = cache.page_bytes(partition)
+        num_pages = (int(memory * share) - beside) // one_page
+        if num_pages < 1:
+            raise ConfigError(
+                f"{share:.0%} of {memory:,} bytes a device leaves no room for a page of "
+                f"{one_page:,} bytes beside {beside:,} bytes of weights and activations; raise "
+                "cache.memory_fraction, lower schedule.max_batch or schedule.token_budget, or use "
+                "more devices"
+            )
+        num_pages = min(num_pages, limits.max_batch * -(-limits.max_context // cache.page_size))
+    # Page 0 takes padding's writes and holds nobody's tokens.
+    return replace(cache, num_pages=num_pages + 1)
+
+
+def _device_memory(mesh: Mesh) -> int:
+    """Bytes a device may use; the devices of a CPU share its memory."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats is not None:
+        return stats["bytes_limit"]
+    return psutil.virtual_memory().total // mesh.devices.size
 
 
 def _activation_bytes(partition: Partition, limits: Limits) -> int:

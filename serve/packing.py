@@ -4,6 +4,7 @@ One array is one transfer. Both directions stand here, read from one list of col
 cannot drift apart. It does not know the scheduler's rules.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from model.sampling import Sampling
 from model.step import Batch, Rows, StepShape
 from serve.plan import Row, Sequence, StepPlan
-from serve.request import MAX_STOP_IDS
+from serve.request import MAX_STOP_IDS, GenerateRequest, SamplingParams
 
 HEADER = 2
 """Tokens to advance; whether a row wants prompt logprobs."""
@@ -57,6 +58,13 @@ def sampling_row(sequence: Sequence, vocab_size: int) -> NDArray[np.int32]:
     )
 
 
+def padding_row(vocab_size: int) -> NDArray[np.int32]:
+    """The columns of rows that are nobody's: greedy, without an end."""
+    request = GenerateRequest("", (0,), SamplingParams(temperature=0.0))
+    nobody = Sequence(request, 0, 0.0, 1, frozenset(), 0, [0], 1)
+    return sampling_row(nobody, vocab_size)
+
+
 @dataclass(frozen=True)
 class Packing:
     """The layout of one bucket's array: [micro-batches, width]."""
@@ -66,16 +74,25 @@ class Packing:
     table_width: int
 
     @property
-    def row_width(self) -> int:
-        return len(ROW_COLUMNS) + SAMPLING_WIDTH + self.table_width
-
-    @property
     def rows_per_micro_batch(self) -> tuple[int, int]:
         """Decode rows and prefill rows."""
         return (
             self.shape.num_decode // self.micro_batches,
             self.shape.num_chunks // self.micro_batches,
         )
+
+    @property
+    def width(self) -> int:
+        """Columns of a micro-batch."""
+        return sum(math.prod(shape) for shape in self._part_shapes)
+
+    @property
+    def _part_shapes(self) -> list[tuple[int, ...]]:
+        """Header, rows, sampling, tables, prefill tokens, their targets."""
+        B, G = self.rows_per_micro_batch
+        widths = (len(ROW_COLUMNS), SAMPLING_WIDTH, self.table_width)
+        tokens = (G, self.shape.chunk)
+        return [(HEADER,), *((B + G, width) for width in widths), tokens, tokens]
 
     def pack(
         self,
@@ -106,18 +123,10 @@ class Packing:
 
     def unpack(self, packed: jax.Array) -> Batch:
         """The inverse, traced inside the step."""
-        M, (B, G), T = self.micro_batches, self.rows_per_micro_batch, self.shape.chunk
-        shapes = (
-            (HEADER,),
-            (B + G, len(ROW_COLUMNS)),
-            (B + G, SAMPLING_WIDTH),
-            (B + G, self.table_width),
-            (G, T),
-            (G, T),
-        )
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        shapes = self._part_shapes
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
         header, rows, sampling, tables, tokens, targets = (
-            part.reshape(M, *shape)
+            part.reshape(self.micro_batches, *shape)
             for part, shape in zip(jnp.split(packed, ends[:-1], axis=1), shapes, strict=True)
         )
         columns = {name: rows[..., i] for i, name in enumerate(ROW_COLUMNS)}

@@ -34,14 +34,14 @@ class Progress:
     ):
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self._stream = stream or sys.stderr
+        self.stream = stream or sys.stderr
         self._clock = clock
         self._started = self._told = clock()
         self._bar: _Bar | None = None
 
     def __enter__(self) -> Self:
         self._started = self._told = self._clock()
-        if self._stream.isatty():
+        if self.stream.isatty():
             self._bar = _Bar(self)
         return self
 
@@ -71,7 +71,7 @@ class Progress:
         return f"{100 * self.done // self.total}% of {_amount(self.total, self.unit)}"
 
     def _say(self, text: str) -> None:
-        print(f"{self.title}: {text}", file=self._stream, flush=True)
+        print(f"{self.title}: {text}", file=self.stream, flush=True)
 
 
 class Silent(Progress):
@@ -110,7 +110,7 @@ class _Bar:
             TextColumn("" if is_bytes else progress.unit),
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", style="dim"),
-            console=Console(file=progress._stream),
+            console=Console(file=progress.stream),
             transient=True,
         )
         self._task = self._rich.add_task(progress.title, total=progress.total, detail="")

@@ -57,19 +57,17 @@ class Replicas:
     def load(self) -> Load:
         """The sum over replicas."""
         loads = [engine.load() for engine in self._engines]
-        return Load(
-            **{
-                field.name: _total([getattr(x, field.name) for x in loads])
-                for field in fields(Load)
-            }
-        )
+        draining = any(load.draining for load in loads)
+        names = [field.name for field in fields(Load)]
+        totals = {name: sum(getattr(load, name) for load in loads) for name in names}
+        return replace(Load(**totals), draining=draining)
 
     def drain(self) -> None:
         for engine in self._engines:
             engine.drain()
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
-        return all([engine.wait_idle(timeout_s) for engine in self._engines])
+        return all(engine.wait_idle(timeout_s) for engine in self._engines)
 
     def start(self) -> None:
         for engine in self._engines:
@@ -83,7 +81,3 @@ class Replicas:
 def _num_requests(engine: Engine) -> int:
     load = engine.load()
     return load.num_running + load.num_waiting
-
-
-def _total(values: Sequence[int | bool]) -> int | bool:
-    return any(values) if isinstance(values[0], bool) else sum(values)

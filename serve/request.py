@@ -53,6 +53,10 @@ class SamplingParams:
     """Alternatives to report beside each chosen token's logprob; None reports nothing."""
     prompt_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, value: object, allowed: str) -> None:
             if not ok:

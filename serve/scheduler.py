@@ -97,7 +97,9 @@ class Scheduler:
                 f"{self.limits.max_queue}; try again later"
             )
         sampling = request.sampling
-        end_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos_ids)
+        end_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            end_ids |= self.eos_ids
         if len(end_ids) > MAX_STOP_IDS:
             raise InvalidRequest(
                 f"stop_token_ids and the model's end ids are {len(end_ids)} together; "
@@ -109,7 +111,7 @@ class Scheduler:
             order=self._num_arrived,
             arrival_s=now_s,
             max_length=max_length,
-            end_ids=frozenset(end_ids),
+            end_ids=end_ids,
             seed=seed if sampling.seed is None else sampling.seed,
             tokens=list(request.prompt_ids),
             num_prompt=len(request.prompt_ids),

@@ -56,7 +56,7 @@ class TextStream:
         is_last = output.finish_reason is not None
         if self.stopped and not is_last:
             return None
-        token_ids, text = ((), "") if self.stopped else self._read(output.token_ids)
+        token_ids, text = ((), "") if self.stopped else self._read(output)
         if is_last and not self.stopped:
             text += self._flush()
         delta = Delta(token_ids, text, output.logprobs[: len(token_ids)], output.prompt_logprobs)
@@ -76,14 +76,19 @@ class TextStream:
             error=output.error,
         )
 
-    def _read(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    def _read(self, output: Output) -> tuple[tuple[int, ...], str]:
         """The ids as far as the end of a stop string, and the text that they make final."""
+        token_ids = output.token_ids
+        # The id that ended the request is reported; its text, if it has any, is not the answer's.
+        num_spoken = len(token_ids) - (output.finish_reason is FinishReason.STOP)
         if self._detokenizer is None or self._stops is None:
             self._num_tokens += len(token_ids)
-            return token_ids, self._detokenizer.push(token_ids) if self._detokenizer else ""
+            return token_ids, self._detokenizer.push(
+                token_ids[:num_spoken]
+            ) if self._detokenizer else ""
         texts: list[str] = []
         for num_read, token_id in enumerate(token_ids, start=1):
-            text = self._detokenizer.push((token_id,))
+            text = self._detokenizer.push((token_id,) if num_read <= num_spoken else ())
             self._num_tokens += 1
             texts.append(self._stops.push(text) if self._num_tokens > self._min_tokens else text)
             if self._stops.stop is not None:

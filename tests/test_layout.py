@@ -24,8 +24,8 @@ MAY_IMPORT = {
 COMMAND_LINE = ("serve/cli.py", "serve/commands/")
 """It starts whatever a user may ask for, so it stands above all packages."""
 
-PEERS = "bench/peers/"
-"""Runs in environments of its own, which have what the peers need."""
+OTHER_ENVIRONMENTS = ("bench/peers/", "tools/gpu_check.py")
+"""Run where there is more than pyproject.toml declares: a peer's packages, the gpu_aot tool."""
 
 PACKAGES = sorted({path.parent.name for path in ROOT.glob("[!.]*/*.py")})
 
@@ -100,7 +100,7 @@ def test_every_import_is_ours_the_standard_librarys_or_declared(package: str) ->
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}, which pyproject.toml does not declare"
         for path in sources(package)
-        if not path.relative_to(ROOT).as_posix().startswith(PEERS)
+        if not path.relative_to(ROOT).as_posix().startswith(OTHER_ENVIRONMENTS)
         for line, name in imported(path)
         if (top := name.partition(".")[0]) not in PACKAGES
         and top not in sys.stdlib_module_names

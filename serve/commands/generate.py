@@ -12,7 +12,7 @@ from model.tokenizer import Tokenizer
 from serve.build import build_engine
 from serve.commands.devices import ensure_devices
 from serve.commands.text import load_text
-from serve.config import ServeConfig, make_config
+from serve.config import ScheduleSection, ServeConfig, make_config
 from serve.errors import InvalidRequest, RequestError
 from serve.front import Front
 from serve.progress import Progress
@@ -130,12 +130,16 @@ def _config(
         needed = max(map(len, token_ids)) + sampling.max_tokens
         options["max_context"] = min(needed, read_model_config(model).max_context)
     num_prompts = len(token_ids)
+    max_batch = min(MAX_BATCH, 1 << (num_prompts - 1).bit_length())
+    usual = ScheduleSection()
+    prefill = sum(-(-len(ids) // usual.chunk) * usual.chunk for ids in token_ids)
     tables: Mapping[str, Any] = {
         "model": options,
         "mesh": asdict(parse_mesh(mesh)),
         "schedule": {
-            "max_batch": min(MAX_BATCH, 1 << (num_prompts - 1).bit_length()),
-            "max_queue": max(num_prompts, 1024),
+            "max_batch": max_batch,
+            "max_queue": max(num_prompts, usual.max_queue),
+            "token_budget": min(usual.token_budget, max_batch + max(prefill, usual.chunk)),
         },
     }
     return make_config(tables, "weft generate")

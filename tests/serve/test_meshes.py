@@ -1,0 +1,79 @@
+"""Every mesh of eight virtual devices writes the same tokens, token for token."""
+
+import functools
+
+import pytest
+
+from serve.engine import Engine
+from serve.replicas import Replicas
+from sharding.mesh import MeshShape, parse_mesh
+from tests.serve.harness import (
+    DENSE,
+    MOE,
+    Answer,
+    assert_greedy,
+    finish,
+    generate,
+    greedy,
+    make_parts,
+    random_prompts,
+    random_weights,
+    use_two_programs,
+)
+
+MODELS = {"dense": DENSE, "experts": MOE}
+NUM_TOKENS = 14
+
+# The longest takes two steps, so that prefill and decode rows share one.
+PROMPT_LENGTHS = (1, 70, 17, 9, 33, 2)
+
+
+@functools.cache
+def weights(model):
+    return random_weights(MODELS[model])
+
+
+@functools.cache
+def requests(model):
+    prompts = random_prompts(MODELS[model], PROMPT_LENGTHS)
+    return [greedy(str(i), prompt, NUM_TOKENS) for i, prompt in enumerate(prompts)]
+
+
+@functools.cache
+def tokens_on_one_device(model):
+    return {id_: answer.token_ids for id_, answer in served(model, MeshShape()).items()}
+
+
+def served(model, mesh):
+    parts = make_parts(MODELS[model], weights(model), mesh)
+    use_two_programs(parts.runner)
+    answers = generate(parts.engine(), requests(model))
+    assert parts.tables.pool.num_used == 0
+    return answers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_device_writes_the_references_tokens(model):
+    tokens = tokens_on_one_device(model)
+    for request in requests(model):
+        assert len(tokens[request.request_id]) == NUM_TOKENS
+        assert_greedy(MODELS[model], weights(model), request.prompt_ids, tokens[request.request_id])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "tensor=2",
+        "tensor=4",
+        "tensor=8",
+        "stage=2",
+        "stage=4",
+        "stage=2,tensor=2",
+        "stage=2,tensor=4",
+    ],
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_mesh_writes_the_tokens_of_one_device(model, mesh):
+    answers = served(model, parse_mesh(mesh))
+    tokens = {id_: answer.token_ids for id_, answer in answers.items()}
+    assert tokens == tokens_on_one_device(model)
