@@ -45,7 +45,8 @@ class PageTables:
     def fork(self, source: int, row: int, num_tokens: int) -> int:
         """Lets the empty `row` share source's pages that the first `num_tokens` tokens fill.
 
-        Returns how many tokens that is: a page filled in part is not shared, since both would write it.
+        Returns how many tokens that is: a page filled in part is not shared, since both would write
+        it.
         """
         assert not self._pages[row], f"row {row} still has pages"
         assert num_tokens <= self.capacity(source), f"row {source} holds fewer than {num_tokens}"

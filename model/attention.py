@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_ND: Float[Array, "N D"], pages: Pages, tokens: Tokens
     ) -> tuple[Float[Array, "N D"], Pages]:
-        """Attends over the cached tokens and these; returns the block's output and the pages written."""
+        """Attends over cached tokens and these; returns the block's output and the new pages."""
         q_NKGC, k_NKC, v_NKC = self._project(x_ND)
         angles = rope_angles(tokens.positions_N, self.inv_freq[...], self.rope_factor[...])
         N, K, G, C = q_NKGC.shape

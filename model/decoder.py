@@ -1,7 +1,7 @@
 """The one decoder: embedding, layers of attention and feed-forward blocks, and a head.
 
-Built for one mesh (`model/partition.py`), it sees one device's shard of the weights and this stage's
-layers. It does not know requests, sampling, or which micro-batch it is given.
+Built for one mesh (`model/partition.py`), it sees one device's shard of the weights and this
+stage's layers. It does not know requests, sampling, or which micro-batch it is given.
 """
 
 import jax
@@ -53,7 +53,7 @@ def norm_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 class Decoder(nnx.Module):
-    """`layers` are the layers of one stage; with padding of the vocabulary, `config` says what is real."""
+    """`layers` are one stage's; of a padded vocabulary, `config` says what is real."""
 
     def __init__(
         self,

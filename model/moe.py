@@ -1,7 +1,7 @@
 """The mixture-of-experts block: a router, and each device's experts over all tokens.
 
-This is the plain path: every expert sees every token, weighted by zero where it wasn't chosen. It does
-not know how experts were dealt to devices beyond their order.
+This is the plain path: every expert sees every token, weighted by zero where it wasn't chosen. It
+does not know how experts were dealt to devices beyond their order.
 """
 
 import jax
@@ -50,7 +50,7 @@ class Moe(nnx.Module):
         if experts.bias:
             logits_NE = logits_NE + self.router_bias[...]
             weights += [self.gate_up_bias[...], self.down_bias[...]]
-        routed_EN = self._local(route(logits_NE, experts))
+        routed_EN = self._local(route(logits_NE, experts), experts.num_experts)
 
         def add_expert(sum_ND: jax.Array, expert: tuple[jax.Array, list[jax.Array]]):
             routed_N, (gate_up_D2F, down_FD, *bias) = expert
@@ -67,8 +67,8 @@ class Moe(nnx.Module):
         sum_ND, _ = lax.scan(add_expert, start_ND, (routed_EN, weights))
         return sum_over_tensor(sum_ND).astype(x_ND.dtype)
 
-    def _local(self, routed_NE: jax.Array) -> jax.Array:
+    def _local(self, routed_NE: jax.Array, num_pieces: int) -> jax.Array:
         """The rows [E, N] of this device's experts, or pieces of experts."""
-        num_local, num_pieces = self.gate_up.shape[0], self.config.experts.num_experts
+        num_local = self.gate_up.shape[0]
         routed_NE = jnp.repeat(routed_NE, num_pieces // routed_NE.shape[1], axis=1)
         return lax.dynamic_slice_in_dim(routed_NE, tensor_index() * num_local, num_local, 1).T

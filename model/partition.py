@@ -1,8 +1,8 @@
 """How a model is made to divide over a mesh, and its weights read onto it, shard by shard.
 
-A mesh wider than the kv heads serves an equivalent model whose kv heads are repeated; one wider than
-the experts, a model whose experts are split by width; the vocabulary is padded; stages that would be
-left without a layer get one of zeros, which is the identity. It does not know file formats
+A mesh wider than the kv heads serves an equivalent model whose kv heads are repeated; one wider
+than the experts, a model whose experts are split by width; the vocabulary is padded; stages that
+would be left without a layer get one of zeros, which is the identity. It does not know file formats
 (`model/checkpoint`) or which mesh is wise.
 """
 
@@ -118,7 +118,7 @@ def misfit(config: ModelConfig, stages: int, tensor: int) -> str:
 
 
 def fitting_meshes(config: ModelConfig, num_devices: int) -> list[MeshShape]:
-    """Every stage x tensor mesh of at most `num_devices` (a power of two) that the model divides over."""
+    """Every stage x tensor mesh, in powers of two, that the model divides over."""
     sizes = [2**i for i in range(num_devices.bit_length())]
     return [
         MeshShape(stage=stage, tensor=tensor)
@@ -150,19 +150,20 @@ def load_weights(
     mesh: Mesh,
     dtype: jnp.dtype,
     progress: Callable[[str, int], None] = lambda name, num_bytes: None,
-) -> tuple[Any, Any]:
-    """The decoder's graph and its weights on `mesh`; each shard is read straight for its device.
+) -> Any:
+    """The decoder's weights on `mesh`; each shard is read straight for its device.
 
     `progress` is called with a weight's name and its bytes, all shards together.
     """
     assert dict(mesh.shape) == {STAGE: partition.stages, TENSOR: partition.tensor}
-    graph, abstract = abstract_weights(partition, dtype)
+    _, abstract = abstract_weights(partition, dtype)
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = _name(path)
         sharding = NamedSharding(mesh, weight_spec(name))
 
-        def read(index: Region) -> np.ndarray:
+        def read(index: Region | None) -> np.ndarray:
+            assert index is not None, "every device holds a region"
             return _read_shard(partition, source, name, index, leaf.shape).astype(leaf.dtype)
 
         array = jax.make_array_from_callback(leaf.shape, sharding, read)
@@ -172,7 +173,7 @@ def load_weights(
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     with ThreadPoolExecutor(4) as pool:
         weights = list(pool.map(lambda item: load(*item), leaves))
-    return graph, jax.tree.unflatten(tree, weights)
+    return jax.tree.unflatten(tree, weights)
 
 
 def _name(path: Any) -> str:

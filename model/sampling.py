@@ -1,7 +1,7 @@
-"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, seeds and logprobs, as arrays.
+"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, seeds, logprobs.
 
-Every parameter is a column, so no combination of requests compiles anything anew; what no row of the
-batch asks for is skipped at run time (`lax.cond`). It does not know requests.
+Every parameter is a column, so no combination of requests compiles anything anew; what no row of
+the batch asks for is skipped at run time (`lax.cond`). It does not know requests.
 """
 
 from dataclasses import dataclass
@@ -155,14 +155,17 @@ def keep_likely(
     top_p_R: Float[Array, "R"],
     min_p_R: Float[Array, "R"],
 ) -> Float[Array, "R V"]:
-    """Logits with -inf where top-k, then top-p of what is left, or min-p cut. Ties at a cut are kept.
+    """Logits with -inf where top-k, then top-p of the rest, or min-p cut. Ties are kept.
 
     No sort: each cut is a threshold, found by 32 halvings over the ordered bits of a float32.
     """
     vocab = logits_RV.shape[1]
     bits_RV = _ordered_bits(logits_RV)
     top_k_R = jnp.where(top_k_R > 0, jnp.minimum(top_k_R, vocab), vocab)
-    at_least = lambda cut_R: bits_RV >= cut_R[:, None]
+
+    def at_least(cut_R: jax.Array) -> jax.Array:
+        return bits_RV >= cut_R[:, None]
+
     cut_R = _largest_cut(lambda cut_R: at_least(cut_R).sum(-1) >= top_k_R, top_k_R.shape)
     weights_RV = jnp.where(
         at_least(cut_R), jnp.exp(logits_RV - logits_RV.max(-1, keepdims=True)), 0.0

@@ -1,8 +1,8 @@
 """One step of the batch: a pure function (weights, state, batch) -> (state, output) of one device.
 
-It is jitted under `jax.shard_map` in one place (`serve/runner.py`) and knows rows, not requests. The
-same function is a single step (one token each, prefill chunks beside decode rows), and the K-step loop
-in which nothing but decode rows runs and no token visits the host.
+It is jitted under `jax.shard_map` in one place (`serve/runner.py`) and knows rows, not requests.
+The same function is a single step (one token each, prefill chunks beside decode rows), and the
+K-step loop in which nothing but decode rows runs and no token visits the host.
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ class State:
     last_token: Int[Array, "slots"]
     """By slot, the token a decode row continues; the last slot belongs to padding."""
     ended: Bool[Array, "slots"]
-    """By slot, whether that token was the request's last: a step already under way then skips it."""
+    """By slot, whether that token was the last: a step already under way then skips it."""
     history: History
     """By slot."""
 
@@ -56,7 +56,7 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """Decode rows, then prefill rows; the leading axis [M] of micro-batches is taken off per tick."""
+    """Decode rows, then prefill rows; a tick takes the leading axis [M] of micro-batches off."""
 
     slot: Int[Array, "R"]
     start: Int[Array, "R"]
@@ -147,7 +147,7 @@ def _start(decoder: Decoder, shape: StepShape, state: State, batch: Batch) -> _R
 
 
 def _tick(decoder: Decoder, shape: StepShape, batch: Batch, ring: _Ring) -> _Ring:
-    """Every stage runs its layers over one micro-batch; one enters, and one leaves and is sampled."""
+    """Every stage runs its layers over a micro-batch; one enters, one leaves and is sampled."""
     enters, here, leaves = (
         turn(ring.tick, batch.num_tokens)
         for turn in (pipeline.entering, pipeline.here, pipeline.leaving)

@@ -37,7 +37,7 @@ class ModelInfo:
 
 
 class Engine:
-    """A scheduler and a runner, and the thread that moves them. All public methods are thread-safe."""
+    """A scheduler, a runner, and the thread that moves them. Public methods are thread-safe."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Engine:
         self._sinks: dict[str, Sink] = {}
         self._undelivered: list[Output] = []
         self._changed = threading.Condition()
-        """Guards the scheduler and all of these; held while planning, never while the device works."""
+        """Guards the scheduler and all of these; never held while the device works."""
         self._draining = self._stopping = False
         self._num_finished = self._num_generated = self._num_prompt = 0
         self._thread = threading.Thread(target=self._loop, name="weft-engine", daemon=True)
@@ -79,13 +79,14 @@ class Engine:
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Queues a request; `sink` gets each Output on the engine's thread, the last with a reason.
 
-        Raises InvalidRequest, DuplicateRequest, Overloaded or Unavailable; then sink is never called.
+        Raises InvalidRequest, DuplicateRequest, Overloaded or Unavailable; then sink is never
+        called.
         """
         vocab = self.info.vocab_size
         wrong = [i for i in request.prompt_ids if not 0 <= i < vocab]
         if wrong:
             raise InvalidRequest(
-                f"prompt token id {wrong[0]} is outside the vocabulary: ids go from 0 to {vocab - 1}"
+                f"prompt token id {wrong[0]} is outside the vocabulary: 0 to {vocab - 1}"
             )
         with self._changed:
             if self.failure is not None:
@@ -97,7 +98,7 @@ class Engine:
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request; its pages and slot are free for the next step. Unknown ids are ignored."""
+        """Ends a request; its pages and slot are free at once. Unknown ids are ignored."""
         with self._changed:
             self._cancel(request_id)
             self._changed.notify_all()

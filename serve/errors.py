@@ -1,4 +1,4 @@
-"""What a request can be refused for; each message says what was asked, what was possible, what to change.
+"""What a request can be refused for: what was asked, what was possible, what to change.
 
 The wire's status codes are the front's business (`serve/api`).
 """

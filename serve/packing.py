@@ -100,7 +100,7 @@ class Packing:
         sampling: NDArray[np.int32],
         tables: NDArray[np.int32],
     ) -> NDArray[np.int32]:
-        """The array of `plan`; `sampling` and `tables` hold a row per slot, the last for padding."""
+        """The array of `plan`; `sampling` and `tables` have a row per slot, the last padding's."""
         M, (B, G), T = self.micro_batches, self.rows_per_micro_batch, self.shape.chunk
         padding = len(sampling) - 1
         rows = np.zeros((M, B + G, len(ROW_COLUMNS)), np.int32)

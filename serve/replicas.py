@@ -58,9 +58,12 @@ class Replicas:
         """The sum over replicas."""
         loads = [engine.load() for engine in self._engines]
         draining = any(load.draining for load in loads)
-        names = [field.name for field in fields(Load)]
-        totals = {name: sum(getattr(load, name) for load in loads) for name in names}
-        return replace(Load(**totals), draining=draining)
+        totals = {
+            field.name: sum(getattr(load, field.name) for load in loads)
+            for field in fields(Load)
+            if field.name != "draining"
+        }
+        return Load(**totals, draining=draining)
 
     def drain(self) -> None:
         for engine in self._engines:

@@ -1,7 +1,7 @@
 """The device side of one replica: programs compiled ahead, steps dispatched without waiting.
 
-It owns the device's state (pages, slots) and turns a StepPlan into one packed array. It does not know
-why rows were chosen.
+It owns the device's state (pages, slots) and turns a StepPlan into one packed array. It does not
+know why rows were chosen.
 """
 
 import logging
@@ -36,11 +36,12 @@ class Runner:
         self.programs = programs
         self.shapes = step_shapes(programs.limits, programs.partition.stages)
         self.num_compiled_late = 0
-        """Programs compiled while serving: each is a step that waited."""
+        """Programs compiled after `compile_all`: each is a step that waited."""
         self._weights = jax.tree.leaves(weights)
         self._state = programs.new_state()
         self._replicated = programs.shardings(REPLICATED)
         self._compiled: dict[StepShape, Any] = {}
+        self._is_warm = False
         self._tables = tables
         self._vocab_size = programs.partition.config.vocab_size
         self._sampling = np.zeros((programs.limits.max_batch + 1, SAMPLING_WIDTH), np.int32)
@@ -66,6 +67,7 @@ class Runner:
             for done, shape in enumerate(pool.map(self._compile, self.shapes), start=1):
                 progress(_describe(shape), done)
         self._set_history(self.programs.limits.max_batch, [], [])
+        self._is_warm = True
 
     def _bucket(self, plan: StepPlan) -> StepShape:
         """The smallest compiled shape that holds the plan."""
@@ -81,8 +83,9 @@ class Runner:
 
     def _program(self, shape: StepShape) -> Any:
         if shape not in self._compiled:
-            self.num_compiled_late += 1
-            log.warning("compiling %s while serving", _describe(shape))
+            if self._is_warm:
+                self.num_compiled_late += 1
+                log.warning("compiling %s while serving", _describe(shape))
             self._compile(shape)
         return self._compiled[shape]
 

@@ -1,7 +1,7 @@
 """Who is served when: admission, chunked prefill beside decode, preemption, endings.
 
-Plain Python on integers: it takes the time as an argument and knows neither devices nor text, so the
-same code runs in the server, the tests and the simulator.
+Plain Python on integers: it takes the time as an argument and knows neither devices nor text, so
+the same code runs in the server, the tests and the simulator.
 """
 
 import heapq
@@ -40,8 +40,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.token_budget <= self.max_batch:
             raise ValueError(
-                f"schedule.token_budget is {self.token_budget}, schedule.max_batch {self.max_batch}: "
-                "a full batch would leave no tokens for prefill; raise token_budget above max_batch"
+                f"schedule.token_budget is {self.token_budget} and schedule.max_batch "
+                f"{self.max_batch}: a full batch would leave no tokens for prefill; raise token_budget above max_batch"
             )
 
     @property
@@ -190,7 +190,7 @@ class Scheduler:
         return steps if missing <= self.tables.pool.num_free else 1
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for `num_tokens` tokens of a running sequence; False when it was itself preempted."""
+        """Pages for a running sequence's `num_tokens` tokens; False when it was itself preempted."""
         assert sequence.slot is not None, "a sequence without a slot holds no pages"
         while self.tables.missing(sequence.slot, num_tokens) > self.tables.pool.num_free:
             victim = self.running[-1]

@@ -1,4 +1,4 @@
-"""WHERE things are computed: the mesh, the one table of sharding rules, collectives, the pipeline's ring.
+"""WHERE things are computed: mesh, table of sharding rules, collectives, pipeline ring.
 
 It does not know what is computed; `model/` stands on it.
 """

@@ -1,6 +1,7 @@
 """Where devices talk. No other module names a mesh axis in a computation.
 
-Every function runs inside `jax.shard_map` over a (stage, tensor) mesh and is free on an axis of one.
+Every function runs inside `jax.shard_map` over a (stage, tensor) mesh and is free on an axis of
+one.
 """
 
 import jax

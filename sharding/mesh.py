@@ -5,6 +5,7 @@ It does not know which meshes a model divides over (`model/partition.py`).
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,15 +50,13 @@ def parse_mesh(text: str) -> MeshShape:
         axis, _, size = item.partition("=")
         if axis not in ("data", STAGE, TENSOR) or not size.isdigit() or axis in sizes:
             raise MeshError(
-                f"mesh {text!r}: {item!r} is not one of data=N, stage=N, tensor=N, each at most once"
+                f"mesh {text!r}: {item!r} is not data=N, stage=N or tensor=N, each at most once"
             )
         sizes[axis] = int(size)
     return MeshShape(**sizes)
 
 
-def make_meshes(
-    shape: MeshShape, devices: Sequence[jax.Device] | None = None
-) -> list[jax.sharding.Mesh]:
+def make_meshes(shape: MeshShape, devices: Sequence[Any] | None = None) -> list[jax.sharding.Mesh]:
     """One mesh of axes (stage, tensor) for each replica along `data`, on the first devices."""
     devices = jax.devices() if devices is None else devices
     if shape.num_devices > len(devices):

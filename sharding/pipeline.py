@@ -1,9 +1,9 @@
 """Who works on what in the ring of pipeline stages.
 
-A batch is cut into as many micro-batches as there are stages. At tick t, stage s works on micro-batch
-(t - s) mod S of token (t - s) div S: when the last stage has finished a micro-batch, its sampled
-tokens enter the first stage at the very next tick, so that only the ends of a loop leave a stage idle.
-It does not know what a stage computes.
+A batch is cut into as many micro-batches as there are stages. At tick t, stage s works on
+micro-batch (t - s) mod S of token (t - s) div S: when the last stage has finished a micro-batch,
+its sampled tokens enter the first stage at the very next tick, so that only the ends of a loop
+leave a stage idle. It does not know what a stage computes.
 """
 
 from dataclasses import dataclass

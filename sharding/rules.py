@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from sharding.mesh import STAGE, TENSOR
 
 VOCAB = (STAGE, TENSOR)
-"""The vocabulary is cut over all devices of a replica: no stage holds the embedding for the others."""
+"""Cut over all devices of a replica: no stage holds the embedding for the others."""
 
 WEIGHTS: dict[str, P] = {
     "embedding": P(VOCAB, None),

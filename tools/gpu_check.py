@@ -1,6 +1,7 @@
-"""Compiles the serving step for an H200, on a machine without one, and fails when a step copies its cache.
+"""Compiles the step for an H200, where there is none, and fails when it copies its cache.
 
-It needs the gpu_aot tool on the path (`make gpu-check`). It cannot time anything: see that tool's page.
+It needs the gpu_aot tool on the path (`make gpu-check`). It cannot time anything: see that tool's
+page.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-import gpu_aot
+import gpu_aot  # pyright: ignore[reportMissingImports]
 import jax.numpy as jnp
 
 from model.config import Layer, ModelConfig, Rope

@@ -31,8 +31,8 @@ def start(model: Path, dtype: str) -> Iterator[tuple[Ready, Generate]]:
     """The engine, compiled and running; stopped at the end."""
     started = time.perf_counter()
     import jax
-    from serve.build import build_engine
 
+    from serve.build import build_engine
     from serve.config import make_config
 
     config = make_config(

@@ -8,7 +8,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 
-class UnsupportedModel(ValueError):  # noqa: N818, it names what is wrong with the model
+class UnsupportedModel(ValueError):
     """A configuration that asks for something this decoder does not compute."""
 
 

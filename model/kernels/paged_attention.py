@@ -36,8 +36,8 @@ def paged_attention(
 ) -> Float[Array, "R T K G C"]:
     """Each row's T queries, at positions `start .. start + T - 1`, over its cached tokens.
 
-    A query at position i sees the keys at positions j with i - window < j <= i, itself included: its
-    own key is written before. Queries past a row's length give finite numbers nobody reads. The
+    A query at position i sees the keys at positions j with i - window < j <= i, itself included:
+    its own key is written before. Queries past a row's length give finite numbers nobody reads. The
     softmax is computed in float32, block by block (online), and only as many blocks are visited as
     the longest row needs.
     """

@@ -1,7 +1,8 @@
-"""Virtual CPU devices for a mesh where there is no accelerator."""
+"""What JAX is told before its first use: virtual CPU devices, where programs are kept."""
 
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import jax
 
@@ -17,3 +18,16 @@ def ensure_devices(mesh: MeshSection) -> None:
         return
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", mesh.data * mesh.stage * mesh.tensor)
+
+
+def keep_compiled_programs() -> None:
+    """Lets the next start find this one's programs, under ~/.cache/weft unless JAX was told where.
+
+    JAX keys them by program, versions and devices.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        directory = Path.home() / ".cache" / "weft" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    # Every program counts: most take a second or less, and there are dozens.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -10,7 +10,7 @@ from typing import Any
 from model.families import read_model_config
 from model.tokenizer import Tokenizer
 from serve.build import build_engine
-from serve.commands.devices import ensure_devices
+from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ScheduleSection, ServeConfig, make_config
 from serve.errors import InvalidRequest, RequestError
@@ -57,7 +57,8 @@ def run(
             token_ids.append(_encode(prompt, text.tokenizer, model))
     config = _config(model, token_ids, sampling, dtype, mesh)
     ensure_devices(config.mesh)
-    engine = build_engine(config, Progress)
+    keep_compiled_programs()
+    engine = build_engine(config, Progress, compile_ahead=False)
     front = Front(engine, text.tokenizer)
     requests: list[GenerateRequest] = []
     for place, ids in enumerate(token_ids):

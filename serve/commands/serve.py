@@ -9,7 +9,7 @@ from pathlib import Path
 from serve.api.grpc_server import GrpcServer, run_until_signalled
 from serve.api.http_server import HttpServer
 from serve.build import build_engine
-from serve.commands.devices import ensure_devices
+from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ListenSection, ServeConfig
 from serve.front import Front
@@ -23,6 +23,7 @@ def run(config: ServeConfig) -> None:
         _check_free("listen.http", config.listen.http)
     text = load_text(Path(config.model.path))
     ensure_devices(config.mesh)
+    keep_compiled_programs()
     engine = build_engine(config, Progress)
     front = Front(engine, text.tokenizer, text.chat_template)
     engine.start()

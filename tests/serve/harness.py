@@ -30,8 +30,9 @@ LIMITS = Limits(
     max_batch=4, token_budget=64, chunk=16, max_steps=4, max_queue=100, max_context=128
 )
 
-# Eight query heads and four experts, so that a mesh of tensor=8 repeats kv heads and splits experts;
-# five layers and a vocabulary that neither stages nor devices divide; windows that differ by layer.
+# Eight query heads and four experts, so that a mesh of tensor=8 repeats kv heads and splits
+# experts; five layers and a vocabulary that neither stages nor devices divide; windows that differ
+# by layer.
 _ROPE = Rope(theta=10_000.0)
 DENSE = ModelConfig(
     architecture="TinyDense",

@@ -1,21 +1,22 @@
-"""The scheduler against a device that computes nothing but checks everything.
+"""The scheduler against a device that computes nothing and checks everything.
 
-The fake device keeps what it was told to write into pages, and reads a row's tokens back from there;
+The fake device keeps what it is told to write in pages, and reads a row's tokens back from there;
 its next token is a hash of them. So a request gets the tokens it would get alone only if every
 position, page and count of every plan was right.
 """
 
+import itertools
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.pages import PagePool
+from cache.pages import NULL_PAGE, PagePool
 from cache.tables import PageTables
-from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
+from serve.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestError
 from serve.plan import Row, StepPlan
 from serve.plan import Sequence as Running
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs
@@ -23,12 +24,12 @@ from serve.scheduler import Limits, RowResult, Scheduler
 
 VOCAB = 11
 EOS = frozenset({7})
-UNREAD = -1
-"""What the device answers for a row that had ended before the step."""
+MEANINGLESS = -1
+"""The device's token for a row that had ended before the step."""
 
 
 def next_token(tokens: list[int], num_output: int, min_tokens: int, ends: frozenset[int]) -> int:
-    """The fake model's choice; the first `min_tokens` do not end."""
+    """The fake model's choice; none of the first `min_tokens` is an end."""
     token = zlib.crc32(bytes(tokens)) % VOCAB
     while token in ends and num_output < min_tokens:
         token = (token + 1) % VOCAB
@@ -42,18 +43,19 @@ def ends_of(request: GenerateRequest) -> frozenset[int]:
 
 def alone(request: GenerateRequest, max_length: int) -> tuple[tuple[int, ...], FinishReason]:
     """What the request is given when nobody else is there."""
-    tokens, ends = list(request.prompt_ids), ends_of(request)
+    num_prompt, ends = len(request.prompt_ids), ends_of(request)
+    tokens = list(request.prompt_ids)
     while True:
-        num_output = len(tokens) - len(request.prompt_ids)
+        num_output = len(tokens) - num_prompt
         tokens.append(next_token(tokens, num_output, request.sampling.min_tokens, ends))
         if tokens[-1] in ends:
-            return tuple(tokens[len(request.prompt_ids) :]), FinishReason.STOP
-        if len(tokens) >= max_length:
-            return tuple(tokens[len(request.prompt_ids) :]), FinishReason.LENGTH
+            return tuple(tokens[num_prompt:]), FinishReason.STOP
+        if len(tokens) == max_length:
+            return tuple(tokens[num_prompt:]), FinishReason.LENGTH
 
 
 def longest(request: GenerateRequest, limits: Limits, pool: PagePool) -> int | None:
-    """Tokens, prompt included, the request may come to; None when it must be refused."""
+    """Tokens, prompt included, to which the request may come; None when it must be refused."""
     num_prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
     memory = pool.num_usable * pool.page_size
     if num_prompt + 1 > min(limits.max_context, memory):
@@ -65,41 +67,372 @@ def longest(request: GenerateRequest, limits: Limits, pool: PagePool) -> int | N
 
 
 class FakeDevice:
-    """Runs plans in the order of their submission, on pages that remember who wrote what."""
+    """Runs plans in the order they are submitted, on pages that remember who wrote what."""
 
     def __init__(self, tables: PageTables, limits: Limits) -> None:
         self.tables = tables
         self.limits = limits
-        self.pages: dict[tuple[int, int], tuple[int, int, int]] = {}
-        """(page, offset) -> (order of the request, position, token)."""
-        self.tenant: dict[int, Running] = {}
+        self.written: dict[tuple[int, int], tuple[int, int, int]] = {}
+        """(page, offset) -> (the request's order, position, token)."""
+        self.tenants: dict[int, Running] = {}
+        """By slot."""
         self.last_token: dict[int, int] = {}
         self.ended: dict[int, bool] = {}
 
     def run(self, plan: StepPlan) -> list[RowResult]:
-        self._check_shape(plan)
+        check_plan(plan, self.limits)
         for sequence in plan.admitted:
             if not sequence.finished:
                 assert sequence.slot is not None
-                self.tenant[sequence.slot] = sequence
-        return [self._decode(row, plan) for row in plan.decode] + [
-            self._prefill(row) for row in plan.chunks
-        ]
+                self.tenants[sequence.slot] = sequence
+        return [self._run_row(row, plan) for row in plan.rows]
 
-    def _check_shape(self, plan: StepPlan) -> None:
-        limits = self.limits
-        assert len(plan.decode) <= limits.max_batch
-        assert len(plan.chunks) <= limits.max_chunk_rows
-        assert sum(row.length for row in plan.rows) <= limits.token_budget
-        assert plan.num_tokens == 1 or (1 < plan.num_tokens <= limits.max_steps and not plan.chunks)
-        assert all(0 <= row.slot < limits.max_batch for row in plan.rows)
-        assert len({row.slot for row in plan.decode}) == len(plan.decode)
-        assert {row.slot for row in plan.decode}.isdisjoint(row.slot for row in plan.chunks)
-        for before, after in zip(plan.chunks, plan.chunks[1:], strict=False):
-            if before.slot == after.slot:
-                assert after.start == before.start + before.length
-            else:
-                assert after.slot not in [row.slot for row in plan.chunks[: -len(plan.chunks)]]
-        runs = [row.slot for i, row in enumerate(plan.chunks) if not i or
-                plan.chunks[i - 1].slot != row.slot]
-        assert len(runs) == len(set(runs)), "a sequence's prefill rows are not side by side"
+    def _run_row(self, row: Row, plan: StepPlan) -> RowResult:
+        if row.sequence.finished:  # aborted after it was planned: its row of the table is empty
+            assert not self.tables.array[row.slot].any()
+            return RowResult([MEANINGLESS] * row.num_tokens)
+        self._check_row(row)
+        if row.token_ids:
+            return self._prefill(row)
+        if self.ended[row.slot]:
+            return RowResult([MEANINGLESS] * row.num_tokens)
+        chosen = [
+            self._advance(row, row.start + i, self.last_token[row.slot])
+            for i in range(plan.num_tokens)
+            if not self.ended[row.slot]
+        ]
+        return self._result(row, chosen)
+
+    def _prefill(self, row: Row) -> RowResult:
+        for i, token in enumerate(row.token_ids[:-1]):
+            self._write(row, row.start + i, token)
+        last = row.start + row.length - 1
+        if row.num_tokens:
+            return self._result(row, [self._advance(row, last, row.token_ids[-1])])
+        self._write(row, last, row.token_ids[-1])
+        return self._result(row, [])
+
+    def _advance(self, row: Row, position: int, token: int) -> int:
+        """Computes one token of a row; the next one, chosen from what its pages hold."""
+        self._write(row, position, token)
+        tokens = self._read(row, position + 1)
+        sequence = row.sequence
+        num_output = position + 1 - sequence.num_prompt
+        min_tokens = sequence.request.sampling.min_tokens
+        chosen = next_token(tokens, num_output, min_tokens, sequence.end_ids)
+        self.last_token[row.slot] = chosen
+        remaining = row.remaining - (num_output - row.num_output)
+        self.ended[row.slot] = chosen in sequence.end_ids or remaining <= 1
+        return chosen
+
+    def _write(self, row: Row, position: int, token: int) -> None:
+        page = self._page(row, position)
+        assert self.tables.pool.num_owners(page) == 1, "a row writes into a page others read"
+        assert page in self.tables.pages(row.slot), "a row writes into a page it does not own"
+        offset = position % self.tables.pool.page_size
+        self.written[page, offset] = (row.sequence.order, position, token)
+
+    def _read(self, row: Row, length: int) -> list[int]:
+        """The row's tokens, from its pages."""
+        size = self.tables.pool.page_size
+        found = [self.written[self._page(row, at), at % size] for at in range(length)]
+        expected = [(row.sequence.order, at) for at in range(length)]
+        assert [one[:2] for one in found] == expected, "a row reads what it has not written"
+        return [token for _, _, token in found]
+
+    def _page(self, row: Row, position: int) -> int:
+        page = int(self.tables.array[row.slot, position // self.tables.pool.page_size])
+        assert page != NULL_PAGE, f"position {position} has no page"
+        return page
+
+    def _check_row(self, row: Row) -> None:
+        sequence = row.sequence
+        assert self.tenants[row.slot] is sequence, "the slot's parameters are another request's"
+        end = row.start + row.length
+        prompt = sequence.request.prompt_ids
+        assert row.num_output == max(end, sequence.prefill_end) - len(prompt)
+        assert row.num_output + row.remaining == sequence.max_length - len(prompt)
+        assert row.num_tokens <= row.remaining
+        assert 1 <= row.remaining
+        if not row.token_ids:
+            assert row.length == 1
+            return
+        assert row.length == len(row.token_ids) <= self.limits.chunk
+        assert row.num_tokens == (end == sequence.prefill_end)
+        assert row.token_ids == tuple(sequence.tokens[row.start : end])
+        if row.targets:
+            assert row.targets == prompt[row.start + 1 : end + 1]
+
+    def _result(self, row: Row, chosen: list[int]) -> RowResult:
+        """Logprobs tell the place they are for: output and prompt positions."""
+        tokens = chosen + [MEANINGLESS] * (row.num_tokens - len(chosen))
+        wanted = row.sequence.request.sampling.logprobs is not None
+        logprobs = [TokenLogprobs(t, -row.num_output - i) for i, t in enumerate(tokens)]
+        before = [TokenLogprobs(t, -row.start - 1 - i) for i, t in enumerate(row.targets)]
+        return RowResult(tokens, logprobs if wanted else (), before)
+
+
+def check_plan(plan: StepPlan, limits: Limits) -> None:
+    """A plan fits the compiled shapes, and no sequence advances twice in it."""
+    assert len(plan.decode) <= limits.max_batch
+    assert len(plan.chunks) <= limits.max_chunk_rows
+    assert sum(row.length for row in plan.rows) <= limits.token_budget
+    assert 1 <= plan.num_tokens <= limits.max_steps
+    assert plan.num_tokens == 1 or not plan.chunks
+    assert all(row.num_tokens == min(plan.num_tokens, row.remaining) for row in plan.decode)
+    assert all(0 <= row.slot < limits.max_batch for row in plan.rows)
+    prompts = [list(rows) for _, rows in itertools.groupby(plan.chunks, lambda row: row.slot)]
+    slots = [row.slot for row in plan.decode] + [rows[0].slot for rows in prompts]
+    assert len(slots) == len(set(slots)), "two rows of a slot that are not one piece of a prompt"
+    for rows in prompts:
+        for one, after in itertools.pairwise(rows):
+            assert after.start == one.start + one.length
+            assert one.num_tokens == 0, "a prompt goes on after its last row"
+
+
+def precedence(sequence: Running) -> tuple[int, int]:
+    return sequence.request.priority, sequence.order
+
+
+class Server:
+    """A scheduler and a fake device, whose results are read `lateness` steps late."""
+
+    def __init__(self, limits: Limits, num_pages: int, page_size: int, lateness: int = 1) -> None:
+        width = -(-limits.max_context // page_size)
+        tables = PageTables(PagePool(num_pages, page_size), limits.max_batch + 1, width)
+        self.limits = limits
+        self.scheduler = Scheduler(limits, tables, EOS)
+        self.device = FakeDevice(tables, limits)
+        self.lateness = lateness
+        self.in_flight: deque[tuple[StepPlan, list[RowResult]]] = deque()
+        self.outputs: dict[str, list[Output]] = defaultdict(list)
+        self.expected: dict[str, tuple[tuple[int, ...], FinishReason]] = {}
+        self.requests: dict[str, GenerateRequest] = {}
+        self.num_steps = 0
+
+    @property
+    def pool(self) -> PagePool:
+        return self.scheduler.tables.pool
+
+    @property
+    def live(self) -> set[str]:
+        """Ids of requests under way, by what came out of the server."""
+        ended = {name for name, got in self.outputs.items() if got and got[-1].finish_reason}
+        return set(self.requests) - ended
+
+    def add(self, request: GenerateRequest) -> bool:
+        """Whether it was taken, which must be as it should."""
+        max_length = longest(request, self.limits, self.pool)
+        num_waiting = len(self.live) - len(self.scheduler.running)
+        if max_length is None:
+            expected: type[RequestError] | None = InvalidRequest
+        elif num_waiting >= self.limits.max_queue:
+            expected = Overloaded
+        else:
+            expected = None
+        try:
+            self.scheduler.add(request, seed=1, now_s=float(self.num_steps))
+        except RequestError as error:
+            assert type(error) is expected
+            return False
+        assert expected is None
+        assert max_length is not None
+        self.requests[request.request_id] = request
+        self.expected[request.request_id] = alone(request, max_length)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        output = self.scheduler.abort(request_id, float(self.num_steps))
+        assert (output is not None) == (request_id in self.live)
+        if output is not None:
+            self._take([output])
+            self._check_books()
+
+    def step(self, abort_planned: str | None = None) -> StepPlan:
+        """As `Engine.step`; `abort_planned` is cancelled when it is planned and not yet submitted."""
+        before = list(self.scheduler.running)
+        num_preemptions = self.scheduler.num_preemptions
+        plan = self.scheduler.schedule(float(self.num_steps))
+        self._check_order(plan, before, num_preemptions)
+        self._check_books()
+        if abort_planned is not None:
+            self.abort(abort_planned)
+        if plan:
+            self.in_flight.append((plan, self.device.run(plan)))
+        if self.in_flight and (not plan or len(self.in_flight) > self.lateness):
+            self._take(self.scheduler.commit(*self.in_flight.popleft(), float(self.num_steps)))
+            self._check_books()
+        self.num_steps += 1
+        return plan
+
+    def finish(self, max_steps: int = 10_000) -> None:
+        while self.scheduler.has_work or self.in_flight:
+            assert self.num_steps < max_steps, f"after {self.num_steps} steps {self.live} wait"
+            self.step()
+
+    def tokens(self, request_id: str) -> tuple[int, ...]:
+        return tuple(token for output in self.outputs[request_id] for token in output.token_ids)
+
+    def _take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            assert output.request_id in self.live, "nothing comes after the last output"
+            self.outputs[output.request_id].append(output)
+
+    def _check_order(self, plan: StepPlan, before: list[Running], num_preemptions: int) -> None:
+        """The first in order are admitted, the last are preempted."""
+        running = self.scheduler.running
+        assert running == sorted(running, key=precedence)
+        preempted = [sequence for sequence in before if sequence not in running]
+        assert len(preempted) == self.scheduler.num_preemptions - num_preemptions
+        assert preempted == before[len(before) - len(preempted) :]
+        assert not preempted or preempted[0] is not before[0], "the first in order goes on"
+        admitted = [precedence(sequence) for sequence in plan.admitted]
+        assert admitted == sorted(admitted)
+        names = {sequence.request.request_id for sequence in running}
+        waiting = [self.requests[name].priority for name in self.live - names]
+        assert not admitted or not waiting or admitted[-1][0] <= min(waiting)
+        if plan.num_tokens > 1:
+            assert not waiting
+        for sequence in running:
+            decodable = not sequence.prefilling and sequence not in plan.admitted
+            planned = any(row.sequence is sequence for row in plan.rows)
+            all_planned = sequence.length == sequence.max_length
+            assert planned or all_planned or not decodable, "a decodable sequence was left out"
+
+    def _check_books(self) -> None:
+        """Slots and pages are held by running sequences, each by one."""
+        scheduler = self.scheduler
+        slots = [sequence.slot for sequence in scheduler.running]
+        assert None not in slots
+        assert len(set(slots)) == len(slots) <= self.limits.max_batch
+        held = [page for slot in slots for page in scheduler.tables.pages(slot)]
+        assert len(set(held)) == len(held) == self.pool.num_used
+        for slot in set(range(self.limits.max_batch + 1)) - set(slots):
+            assert not scheduler.tables.array[slot].any()
+        assert scheduler.num_waiting == len(self.live) - len(slots)
+        assert scheduler.has_work == bool(self.live)
+
+    def check_answer(self, request_id: str) -> None:
+        """The request was given what it would be given alone, once, and told so in full."""
+        request, outputs = self.requests[request_id], self.outputs[request_id]
+        tokens, reason = self.expected[request_id]
+        got = self.tokens(request_id)
+        last = outputs[-1]
+        if last.finish_reason is FinishReason.CANCELLED:
+            assert got == tokens[: len(got)]
+        else:
+            assert (got, last.finish_reason) == (tokens, reason)
+        assert last.usage is not None
+        assert last.usage.prompt_tokens == len(request.prompt_ids)
+        assert last.usage.completion_tokens == len(got)
+        assert all(output.finish_reason is None for output in outputs[:-1])
+        if request.sampling.logprobs is not None:
+            logprobs = [one for output in outputs for one in output.logprobs]
+            assert logprobs == [TokenLogprobs(t, -i) for i, t in enumerate(got)]
+        self._check_prompt_logprobs(request, outputs)
+
+    def _check_prompt_logprobs(self, request: GenerateRequest, outputs: list[Output]) -> None:
+        places = [
+            TokenLogprobs(token, -i)
+            for i, token in enumerate(request.prompt_ids)
+            if i and request.sampling.prompt_logprobs is not None
+        ]
+        first, *others = outputs
+        assert not any(output.prompt_logprobs for output in others)
+        if first.token_ids:
+            assert list(first.prompt_logprobs) == places
+        else:
+            assert first.finish_reason is FinishReason.CANCELLED
+
+
+LIMITS = Limits(max_batch=3, token_budget=8, chunk=4, max_steps=1, max_queue=100, max_context=32)
+
+
+def server(num_pages: int = 100, page_size: int = 4, lateness: int = 1, **limits: int) -> Server:
+    return Server(replace(LIMITS, **limits), num_pages, page_size, lateness)
+
+
+def request(
+    request_id: str, num_prompt: int = 4, priority: int = 0, **sampling: object
+) -> GenerateRequest:
+    prompt = tuple((len(request_id) + i) % VOCAB for i in range(num_prompt))
+    params = SamplingParams(**{"ignore_eos": True, **sampling})  # type: ignore
+    return GenerateRequest(request_id, prompt, params, priority=priority)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    limits: Limits
+    num_pages: int
+    page_size: int
+    lateness: int
+    arrivals: dict[int, list[GenerateRequest]]
+    """By step."""
+    aborts: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    """By step: which of the requests under way, and whether after it is planned."""
+
+
+@st.composite
+def samplings(draw: st.DrawFn) -> SamplingParams:
+    max_tokens = draw(st.none() | st.integers(1, 12))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=draw(st.integers(0, min(max_tokens or 4, 4))),
+        stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2))),
+        ignore_eos=draw(st.booleans()),
+        logprobs=draw(st.none() | st.just(0)),
+        prompt_logprobs=draw(st.none() | st.just(0)),
+    )
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    max_batch = draw(st.integers(1, 4))
+    limits = Limits(
+        max_batch=max_batch,
+        token_budget=max_batch + draw(st.integers(1, 12)),
+        chunk=draw(st.integers(1, 6)),
+        max_steps=draw(st.sampled_from([1, 4])),
+        max_queue=draw(st.sampled_from([2, 100])),
+        max_context=draw(st.sampled_from([9, 24])),
+    )
+    arrivals: dict[int, list[GenerateRequest]] = defaultdict(list)
+    for i in range(draw(st.integers(1, 7))):
+        prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14))
+        priority = draw(st.sampled_from([0, 0, 0, 1]))
+        one = GenerateRequest(f"r{i}", tuple(prompt), draw(samplings()), priority=priority)
+        arrivals[draw(st.integers(0, 12))].append(one)
+    aborts = st.dictionaries(
+        st.integers(0, 20), st.tuples(st.integers(0, 6), st.booleans()), max_size=3
+    )
+    return Scenario(
+        limits,
+        num_pages=draw(st.integers(2, 16)),
+        page_size=draw(st.integers(1, 4)),
+        lateness=draw(st.sampled_from([0, 1, 1, 2])),
+        arrivals=arrivals,
+        aborts=draw(aborts),
+    )
+
+
+@settings(max_examples=400)
+@given(scenarios())
+def test_every_request_is_given_what_it_would_be_given_alone(scenario):
+    some = Server(scenario.limits, scenario.num_pages, scenario.page_size, scenario.lateness)
+    for now in range(22):
+        for one in scenario.arrivals.get(now, []):
+            some.add(one)
+        which, planned = scenario.aborts.get(now, (0, False))
+        victim = sorted(some.live)[which % len(some.live)] if some.live else None
+        if now not in scenario.aborts:
+            victim = None
+        if victim is not None and not planned:
+            some.abort(victim)
+        some.step(abort_planned=victim if planned else None)
+    # A step serves one token or chunk of the first in order at least, or waits for results; what
+    # was preempted is computed again.
+    total = sum(len(request.prompt_ids) + 12 for request in some.requests.values())
+    some.finish(max_steps=22 + 4 * total * (1 + scenario.lateness))
+    for name in some.requests:
+        some.check_answer(name)
+    assert some.pool.num_free == some.pool.num_usable
