@@ -40,8 +40,9 @@ class Limits:
     def __post_init__(self) -> None:
         if self.token_budget <= self.max_batch:
             raise ValueError(
-                f"schedule.token_budget is {self.token_budget} and schedule.max_batch "
-                f"{self.max_batch}: a full batch would leave no tokens for prefill; raise token_budget above max_batch"
+                f"schedule.token_budget is {self.token_budget}, schedule.max_batch "
+                f"{self.max_batch}: a full batch would leave no tokens for prefill; raise "
+                "token_budget above max_batch"
             )
 
     @property
@@ -75,7 +76,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._by_id) - len(self.running)
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
@@ -131,15 +132,14 @@ class Scheduler:
             )
         pool = self.tables.pool
         held = min(self.limits.max_context, pool.num_usable * pool.page_size)
-        length = self.limits.max_context if wanted is None else num_prompt + wanted
-        length = min(length, self.limits.max_context)
-        if min(length, num_prompt + 1 if wanted is None else length) > held:
+        needed = min(num_prompt + (wanted or 1), self.limits.max_context)
+        if needed > held:
             raise InvalidRequest(
-                f"request {request.request_id!r} needs {pool.pages_for(length)} pages for "
-                f"{length} tokens, the cache has {pool.num_usable} in all; lower max_tokens, "
+                f"request {request.request_id!r} needs {pool.pages_for(needed)} pages for "
+                f"{needed} tokens, the cache has {pool.num_usable} in all; lower max_tokens, "
                 "shorten the prompt or raise cache.pages"
             )
-        return min(length, held)
+        return held if wanted is None else needed
 
     def abort(self, request_id: str, now_s: float) -> Output | None:
         """Ends a request at once; None when there is no such request."""
@@ -190,7 +190,7 @@ class Scheduler:
         return steps if missing <= self.tables.pool.num_free else 1
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for a running sequence's `num_tokens` tokens; False when it was itself preempted."""
+        """Pages for `num_tokens` tokens of a running sequence; False if it was preempted itself."""
         assert sequence.slot is not None, "a sequence without a slot holds no pages"
         while self.tables.missing(sequence.slot, num_tokens) > self.tables.pool.num_free:
             victim = self.running[-1]
@@ -204,7 +204,6 @@ class Scheduler:
         """Takes the pages and the slot back; its tokens are computed again later."""
         self._leave(sequence)
         sequence.num_computed = sequence.prefill_end = 0
-        sequence.prompt_logprobs.clear()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(sequence)
@@ -291,7 +290,9 @@ class Scheduler:
 
     def _commit_row(self, row: Row, result: RowResult, now_s: float) -> Output | None:
         sequence = row.sequence
-        sequence.prompt_logprobs += result.prompt_logprobs
+        if row.targets:
+            # A preempted prompt is computed anew, and rows from before may still come in.
+            sequence.prompt_logprobs[row.start :] = result.prompt_logprobs
         if not row.num_tokens:
             return None
         sequence.num_in_flight -= row.num_tokens
@@ -327,7 +328,10 @@ class Scheduler:
         """Ends a request and gives back all it holds."""
         sequence.finished = True
         del self._by_id[sequence.request.request_id]
-        if sequence.slot is not None:
+        if sequence.slot is None:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            heapq.heapify(self._waiting)
+        else:
             self._leave(sequence)
         scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
         first_token_s = now_s if sequence.first_token_s is None else sequence.first_token_s
@@ -358,9 +362,7 @@ class Scheduler:
         heapq.heappush(self._waiting, (*_precedence(sequence), sequence))
 
     def _first_waiting(self) -> Sequence | None:
-        """The sequence to admit next; those that ended while they waited are dropped."""
-        while self._waiting and self._waiting[0][2].finished:
-            heapq.heappop(self._waiting)
+        """The sequence to admit next."""
         return self._waiting[0][2] if self._waiting else None
 
 

@@ -36,7 +36,8 @@ HOST_SIDE = [
         for name in ("scheduler", "plan", "request", "config", "front", "client", "bridge", "cli")
         if (path := ROOT / "serve" / f"{name}.py").is_file()
     ),
-    *(ROOT / "model" / f"{name}.py" for name in ("tokenizer", "chat", "detokenizer")),
+    *sorted(ROOT.glob("model/tokenizer/*.py")),
+    *(ROOT / "model" / f"{name}.py" for name in ("chat", "detokenizer")),
 ]
 
 

@@ -142,7 +142,7 @@ def make_parts(
     partition = Partition(config, mesh.stage, mesh.tensor)
     devices = make_meshes(mesh)[replica]
     dtype = jnp.dtype("float32")
-    _, loaded = load_weights(partition, ArraySource(arrays), devices, dtype)
+    loaded = load_weights(partition, ArraySource(arrays), devices, dtype)
     tables = PageTables(
         PagePool(num_pages, PAGE_SIZE), limits.max_batch + 1, -(-limits.max_context // PAGE_SIZE)
     )
@@ -152,11 +152,12 @@ def make_parts(
     return Parts(config, arrays, limits, tables, runner)
 
 
-def use_two_programs(runner: Runner) -> None:
-    """A grid of the largest mixed step and the longest loop, which hold every plan: few compiles."""
+def compile_few(runner: Runner) -> None:
+    """Compiles the largest mixed step and the longest loop only: between them they hold any plan."""
     mixed = max(runner.shapes, key=lambda shape: (shape.num_chunks, shape.num_decode))
-    decode = max(runner.shapes, key=lambda shape: (shape.max_tokens, shape.num_decode))
-    runner.shapes = [mixed, decode]
+    loop = max(runner.shapes, key=lambda shape: (shape.max_tokens, shape.num_decode))
+    runner.shapes = [mixed, loop] if loop.max_tokens > 1 else [mixed]
+    runner.compile_all()
 
 
 @dataclass

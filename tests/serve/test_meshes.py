@@ -18,7 +18,7 @@ from tests.serve.harness import (
     make_parts,
     random_prompts,
     random_weights,
-    use_two_programs,
+    compile_few,
 )
 
 MODELS = {"dense": DENSE, "experts": MOE}
@@ -46,7 +46,7 @@ def tokens_on_one_device(model):
 
 def served(model, mesh):
     parts = make_parts(MODELS[model], weights(model), mesh)
-    use_two_programs(parts.runner)
+    compile_few(parts.runner)
     answers = generate(parts.engine(), requests(model))
     assert parts.tables.pool.num_used == 0
     return answers
