@@ -32,8 +32,8 @@ class Tokens:
     """The new tokens of a step: `num_decode` rows of one, then rows of `chunk` tokens each."""
 
     positions_N: Int[Array, "N"]
-    slots_N: Int[Array, "N"]
-    """Where each token's keys and values are written: page * page_size + offset."""
+    page_N: Int[Array, "N"]
+    """Where each token's keys and values are written, at its position's place in the page."""
     tables_RW: Int[Array, "R W"]
     starts_R: Int[Array, "R"]
     lengths_R: Int[Array, "R"]
@@ -72,10 +72,8 @@ class Attention(nnx.Module):
         N, K, G, C = q_NKGC.shape
         q_NKGC = apply_rope(q_NKGC.reshape(N, K * G, C), *angles).reshape(N, K, G, C)
         k_NKC = apply_rope(k_NKC, *angles)
-        pages = (
-            write_pages(pages[0], k_NKC, tokens.slots_N),
-            write_pages(pages[1], v_NKC, tokens.slots_N),
-        )
+        place = (tokens.page_N, tokens.positions_N % pages[0].shape[1])
+        pages = (write_pages(pages[0], k_NKC, *place), write_pages(pages[1], v_NKC, *place))
         y_NKGC = self._attend(q_NKGC, pages, tokens)
         out_ND = sum_over_tensor(
             matmul(y_NKGC.reshape(N, K * G * C), self.out[...].reshape(K * G * C, -1))

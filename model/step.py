@@ -215,12 +215,11 @@ def _place(shape: StepShape, batch: Batch, ring: _Ring, turn: pipeline.Turn) -> 
         )
         written_RT = jnp.arange(width) < lengths_R[rows_slice, None]
         # Padding is written to page 0, which nobody owns.
-        slot_RT = jnp.where(written_RT, page_RT, 0) * page_size + at_RT % page_size
-        return at_RT.reshape(-1), slot_RT.reshape(-1)
+        return at_RT.reshape(-1), jnp.where(written_RT, page_RT, 0).reshape(-1)
 
     decode, chunks = places(slice(0, B), 1), places(slice(B, None), T)
-    positions_N, slots_N = (jnp.concatenate(pair) for pair in zip(decode, chunks, strict=True))
-    return Tokens(positions_N, slots_N, rows.tables, starts_R, lengths_R, B, T)
+    positions_N, page_N = (jnp.concatenate(pair) for pair in zip(decode, chunks, strict=True))
+    return Tokens(positions_N, page_N, rows.tables, starts_R, lengths_R, B, T)
 
 
 def _last_places(shape: StepShape, rows: Rows) -> jax.Array:

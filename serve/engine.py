@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from serve.errors import InvalidRequest, Unavailable
+from serve.errors import DuplicateRequest, InvalidRequest, Unavailable
 from serve.request import FinishReason, GenerateRequest, Load, Output
 from serve.runner import Pending, Runner
 from serve.scheduler import Scheduler
@@ -57,6 +57,8 @@ class Engine:
         self._in_flight: Pending | None = None
         self._sinks: dict[str, Sink] = {}
         self._undelivered: list[Output] = []
+        """What sinks have yet to be given, in the order in which it came about."""
+        self._delivering = False
         self._changed = threading.Condition()
         """Guards the scheduler and all of these; never held while the device works."""
         self._draining = self._stopping = False
@@ -93,6 +95,11 @@ class Engine:
                 raise Unavailable(f"the engine has failed: {self.failure}")
             if self._draining:
                 raise Unavailable("the server is draining; send the request to another replica")
+            # It may have ended in the scheduler; its sink has yet to be told so.
+            if request.request_id in self._sinks:
+                raise DuplicateRequest(
+                    f"request {request.request_id!r} is being served; choose another request_id"
+                )
             self._scheduler.add(request, self._seeds.getrandbits(63), self._clock())
             self._sinks[request.request_id] = sink
             self._changed.notify_all()
@@ -112,7 +119,9 @@ class Engine:
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Whether every request has ended and been told so, within `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._sinks, timeout_s)
+            return self._changed.wait_for(
+                lambda: not self._sinks and not self._delivering, timeout_s
+            )
 
     def load(self) -> Load:
         pool = self._scheduler.tables.pool
@@ -138,23 +147,25 @@ class Engine:
             plan = self._scheduler.schedule(self._clock())
         pending = self._runner.submit(plan) if plan else None
         last, self._in_flight = self._in_flight, pending
-        outputs = self._commit(last) if last else []
-        self._deliver(outputs)
+        if last:
+            self._commit(last)
+        self._deliver()
 
-    def _commit(self, pending: Pending) -> list[Output]:
+    def _commit(self, pending: Pending) -> None:
         results = pending.results()
         with self._changed:
-            return self._scheduler.commit(pending.plan, results, self._clock())
+            self._undelivered += self._scheduler.commit(pending.plan, results, self._clock())
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self) -> None:
         with self._changed:
-            outputs = self._undelivered + outputs
-            self._undelivered = []
+            outputs, self._undelivered = self._undelivered, []
             sinks = [self._sink(output) for output in outputs]
+            self._delivering = bool(outputs)
         for sink, output in zip(sinks, outputs, strict=True):
             sink(output)
-        if any(output.finish_reason for output in outputs):
+        if outputs:
             with self._changed:
+                self._delivering = False
                 self._changed.notify_all()
 
     def _sink(self, output: Output) -> Sink:
@@ -190,9 +201,12 @@ class Engine:
         with self._changed:
             self.failure = error
             sinks, self._sinks = self._sinks, {}
-            self._changed.notify_all()
+            self._delivering = True
         ended = Output(
             "", (), finish_reason=FinishReason.ERROR, error=f"the engine failed: {error}"
         )
         for request_id, sink in sinks.items():
             sink(replace(ended, request_id=request_id))
+        with self._changed:
+            self._delivering = False
+            self._changed.notify_all()

@@ -98,12 +98,14 @@ class Runner:
 
     def _admit(self, sequence: Sequence) -> None:
         """Lets a slot know its new sequence."""
-        assert sequence.slot is not None, "an admitted sequence has a slot"
-        self._sampling[sequence.slot] = sampling_row(sequence, self._vocab_size)
+        slot = sequence.slot
+        if slot is None:
+            return  # another thread aborted it since the step was planned
+        self._sampling[slot] = sampling_row(sequence, self._vocab_size)
         if sequence.request.sampling.has_penalties:
             num_prompt = sequence.num_prompt
             prompt, output = sequence.tokens[:num_prompt], sequence.tokens[num_prompt:]
-            self._set_history(sequence.slot, prompt, output)
+            self._set_history(slot, prompt, output)
 
     def _set_history(self, slot: int, prompt: list[int], output: list[int]) -> None:
         in_prompt = np.zeros(self._vocab_size, np.bool_)
@@ -151,8 +153,9 @@ class Pending:
             token_ids = tokens_KR[: row.num_tokens, place].tolist()
             if logprobs is not None and sampling.logprobs is not None:
                 chosen = _logprobs(token_ids, logprobs, np.s_[:, place], sampling.logprobs)
-            if prompt is not None and sampling.prompt_logprobs is not None:
-                before = self._prompt_logprobs(row, i, prompt, sampling.prompt_logprobs)
+            if prompt is not None and row.targets:
+                num_top = sampling.prompt_logprobs or 0
+                before = self._prompt_logprobs(row, i, prompt, num_top)
             results.append(RowResult(token_ids, chosen, before))
         return results
 

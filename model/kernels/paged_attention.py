@@ -3,22 +3,38 @@
 It does not know which request a row belongs to; a row is a page table and a position.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-BLOCK_TOKENS = 256
-"""Keys taken per turn of the loop: their scores stay in a core's cache."""
+DECODE_BLOCK = 256
+PREFILL_BLOCK = 128
+"""Keys taken per turn of the loop, for rows of one query and of many: smaller blocks cost turns,
+larger ones visit keys that nobody sees."""
+
+NOTHING_SEEN = -1e30
+"""The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
 
 
 def write_pages(
     pages_PpKC: Float[Array, "P p K C"],
     new_NKC: Float[Array, "N K C"],
-    slots_N: Int[Array, "N"],
+    page_N: Int[Array, "N"],
+    offset_N: Int[Array, "N"],
 ) -> Float[Array, "P p K C"]:
-    """Puts token n's keys (or values) at place `slots_N[n]` = page * page_size + offset."""
-    flat = pages_PpKC.reshape(-1, *pages_PpKC.shape[2:])
-    return flat.at[slots_N].set(new_NKC.astype(flat.dtype)).reshape(pages_PpKC.shape)
+    """Puts token n's keys (or values) at place `offset_N[n]` of page `page_N[n]`.
+
+    The cache is donated and must be written in place. XLA on CPU (jaxlib 0.11.2) makes the write of
+    a single token an update that copies the cache, so a single token is written with a second one,
+    to the null page.
+    """
+    if page_N.shape[0] == 1:
+        page_N = jnp.pad(page_N, (0, 1))
+        offset_N, new_NKC = jnp.tile(offset_N, 2), jnp.tile(new_NKC, (2, 1, 1))
+    return pages_PpKC.at[page_N, offset_N].set(new_NKC.astype(pages_PpKC.dtype))
 
 
 def paged_attention(
@@ -38,65 +54,102 @@ def paged_attention(
 
     A query at position i sees the keys at positions j with i - window < j <= i, itself included:
     its own key is written before. Queries past a row's length give finite numbers nobody reads. The
-    softmax is computed in float32, block by block (online), and only as many blocks are visited as
-    the longest row needs.
+    softmax is computed in float32, block by block (online). Rows of one query are visited together,
+    as far as the longest needs; rows of many one after the other, each as far as it needs itself.
     """
+    attend = partial(
+        _attend, k_PpKC, v_PpKC, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG
+    )
+    rows = (q_RTKGC, tables_RW, starts_R, lengths_R)
+    if q_RTKGC.shape[1] == 1:
+        return attend(*rows, block_tokens=DECODE_BLOCK)
+
+    def attend_one(row: tuple[jax.Array, ...]) -> jax.Array:
+        return attend(*(part[None] for part in row), block_tokens=PREFILL_BLOCK)[0]
+
+    return lax.map(attend_one, rows)
+
+
+def _attend(
+    k_PpKC: jax.Array,
+    v_PpKC: jax.Array,
+    q_RTKGC: jax.Array,
+    tables_RW: jax.Array,
+    starts_R: jax.Array,
+    lengths_R: jax.Array,
+    *,
+    block_tokens: int,
+    scale: float,
+    window: jax.Array,
+    softcap: float | None,
+    sinks_KG: jax.Array | None,
+) -> jax.Array:
+    """`paged_attention` over rows that visit the same blocks."""
     R, T, K, G, C = q_RTKGC.shape
-    page_size = k_PpKC.shape[1]
-    block_pages = max(1, min(BLOCK_TOKENS // page_size, tables_RW.shape[1]))
+    page_size, X = k_PpKC.shape[1], G * T
+    block_pages = max(1, min(block_tokens // page_size, tables_RW.shape[1]))
     block = block_pages * page_size
     tables_RW = jnp.pad(tables_RW, ((0, 0), (0, -tables_RW.shape[1] % block_pages)))
     num_blocks = tables_RW.shape[1] // block_pages
-
-    q_RKXC = q_RTKGC.transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, C)
-    at_RT = starts_R[:, None] + jnp.arange(T)
     exact = lax.Precision.HIGHEST if q_RTKGC.dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=exact)
 
-    def visit(i, carry):
-        peak, total, sum_RKXC = carry
+    q_RKXC = q_RTKGC.transpose(0, 2, 3, 1, 4).reshape(R, K, X, C)
+    at_RX = jnp.tile(starts_R[:, None] + lax.iota(jnp.int32, T), (1, G))
+
+    def visit(
+        i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        peak_RKX, total_RKX, sum_RKXC = carry
         table = lax.dynamic_slice_in_dim(tables_RW, i * block_pages, block_pages, axis=1)
-        k_RSKC = k_PpKC[table].reshape(R, block, K, C).astype(q_RKXC.dtype)
-        v_RSKC = v_PpKC[table].reshape(R, block, K, -1).astype(q_RKXC.dtype)
-        scores = scale * jnp.einsum(
-            "rkxc,rskc->rkxs",
-            q_RKXC,
-            k_RSKC,
-            preferred_element_type=jnp.float32,
-            precision=exact,
-        )
+        key_S = i * block + lax.iota(jnp.int32, block)
+        written_RS = key_S < (starts_R + lengths_R)[:, None]
+        k_RKSC = _gather(k_PpKC, table).astype(q_RKXC.dtype)
+        # What was left in a page's free places must not count, not even as 0 x NaN.
+        v_RKSC = jnp.where(written_RS[:, None, :, None], _gather(v_PpKC, table), 0)
+        scores = scale * dot("rkxc,rksc->rkxs", q_RKXC, k_RKSC)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        key_S = i * block + jnp.arange(block)
-        seen_RTS = (key_S <= at_RT[..., None]) & (key_S > at_RT[..., None] - window)
-        seen = jnp.broadcast_to(seen_RTS[:, None, None], (R, K, G, T, block)).reshape(scores.shape)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(-1))
-        weights = jnp.exp(scores - new_peak[..., None])
-        decay = jnp.exp(peak - new_peak)
-        sum_RKXC = sum_RKXC * decay[..., None] + jnp.einsum(
-            "rkxs,rskc->rkxc",
-            weights.astype(v_RSKC.dtype),
-            v_RSKC,
-            preferred_element_type=jnp.float32,
-            precision=exact,
+        seen_RXS = (key_S <= at_RX[..., None]) & (key_S > at_RX[..., None] - window)
+        scores = jnp.where((seen_RXS & written_RS[:, None])[:, None], scores, -jnp.inf)
+        new_peak_RKX = jnp.maximum(peak_RKX, scores.max(-1))
+        weights = jnp.exp(scores - new_peak_RKX[..., None])
+        decay_RKX = jnp.exp(peak_RKX - new_peak_RKX)
+        seen_RKXC = dot(
+            "rkxs,rksc->rkxc", weights.astype(q_RKXC.dtype), v_RKSC.astype(q_RKXC.dtype)
         )
-        return new_peak, total * decay + weights.sum(-1), sum_RKXC
+        return (
+            new_peak_RKX,
+            total_RKX * decay_RKX + weights.sum(-1),
+            sum_RKXC * decay_RKX[..., None] + seen_RKXC,
+        )
 
-    # A finite floor instead of -inf: a block in which a query sees nothing must not give NaN.
-    floor = jnp.float32(-1e30)
     if sinks_KG is None:
-        peak, total = jnp.full((R, K, G * T), floor), jnp.zeros((R, K, G * T))
+        peak_RKX, total_RKX = jnp.full((R, K, X), NOTHING_SEEN), jnp.zeros((R, K, X))
     else:
-        sink = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[None, :, :, None], (R, K, G, T))
-        peak, total = sink.reshape(R, K, G * T), jnp.ones((R, K, G * T))
-    carry = (peak, total, jnp.zeros((R, K, G * T, v_PpKC.shape[-1])))
+        sinks_KX = jnp.repeat(sinks_KG.astype(jnp.float32), T, axis=1)
+        peak_RKX, total_RKX = jnp.broadcast_to(sinks_KX, (R, K, X)), jnp.ones((R, K, X))
+    carry = (peak_RKX, total_RKX, jnp.zeros((R, K, X, v_PpKC.shape[-1])))
     if num_blocks == 1:
         carry = visit(0, carry)
     else:
-        first = jnp.clip((jnp.min(starts_R) - window + 1) // block, 0)
-        last = jnp.clip((jnp.max(starts_R + lengths_R) + block - 1) // block, 1, num_blocks)
+        first = jnp.maximum(jnp.min(starts_R) - window + 1, 0) // block
+        last = jnp.clip(-(-jnp.max(starts_R + lengths_R) // block), 1, num_blocks)
         carry = lax.fori_loop(first, last, visit, carry)
-    _, total, sum_RKXC = carry
-    out_RKXC = sum_RKXC / jnp.maximum(total, 1e-30)[..., None]
+    _, total_RKX, sum_RKXC = carry
+    out_RKXC = sum_RKXC / jnp.maximum(total_RKX, 1e-30)[..., None]
     out_RKGTC = out_RKXC.reshape(R, K, G, T, -1).astype(q_RTKGC.dtype)
     return out_RKGTC.transpose(0, 3, 1, 2, 4)
+
+
+def _gather(pages_PpKC: jax.Array, table_RW: jax.Array) -> jax.Array:
+    """The tokens of each row's pages by head, [R, K, S, C].
+
+    One gather of single heads: gathering pages and then turning them writes everything twice.
+    """
+    _, page_size, K, C = pages_PpKC.shape
+    token_RS = (table_RW[..., None] * page_size + lax.iota(jnp.int32, page_size)).reshape(
+        table_RW.shape[0], -1
+    )
+    place_RKS = token_RS[:, None] * K + lax.iota(jnp.int32, K)[:, None]
+    return pages_PpKC.reshape(-1, C)[place_RKS]

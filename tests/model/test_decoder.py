@@ -60,7 +60,7 @@ def all_logits(config, arrays, prompts, chunk):
         page_RT = np.where(np.arange(chunk) < lengths_R[:, None], page_RT, 0)
         places = (
             np.tile(at_T, R),
-            (page_RT * PAGE_SIZE + at_T % PAGE_SIZE).reshape(-1),
+            page_RT.reshape(-1),
             tables_RW,
             np.full(R, start),
             lengths_R,

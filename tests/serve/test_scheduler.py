@@ -507,6 +507,15 @@ def test_preemption_takes_the_latest_and_its_answer_is_the_same():
     assert some.outputs["c"][-1].timings.num_preemptions == preempted.count("c")
 
 
+@pytest.mark.parametrize(("num_pages", "admitted"), [(5, ["a"]), (6, ["a", "b"])])
+def test_admission_leaves_a_page_to_each_that_runs(num_pages, admitted):
+    """Otherwise a request would be admitted only to be preempted at the next page."""
+    some = server(num_pages, page_size=4)
+    some.add(request("a", 4, max_tokens=12))
+    some.add(request("b", 4, max_tokens=1))
+    assert [one.request.request_id for one in some.step().admitted] == admitted
+
+
 def test_higher_priority_that_came_later_is_not_preempted_for_a_lower_one():
     some = server(num_pages=11, page_size=2)
     some.add(request("low", 4, priority=1, max_tokens=12))
