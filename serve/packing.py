@@ -43,16 +43,19 @@ SAMPLING_WIDTH = sum(width for _, width in SAMPLING_COLUMNS.values())
 def sampling_row(sequence: Sequence, vocab_size: int) -> NDArray[np.int32]:
     """A sequence's sampling parameters as columns [SAMPLING_WIDTH]; floats keep their bits."""
     sampling = sequence.request.sampling
-    end_ids = sorted(id_ for id_ in sequence.end_ids if id_ < vocab_size)
+    end_ids = sorted(id_ for id_ in sequence.end_ids if 0 <= id_ < vocab_size)
     special = {
         "seed": [sequence.seed >> 32, sequence.seed & 0xFFFFFFFF],
         "end_ids": end_ids + [vocab_size] * (MAX_STOP_IDS - len(end_ids)),
+        "min_tokens": [min(sampling.min_tokens, sequence.max_length)],
         "logprobs": [sampling.logprobs is not None],
     }
-    columns = [
-        np.asarray(special[name] if name in special else getattr(sampling, name), dtype).reshape(-1)
-        for name, (dtype, _) in SAMPLING_COLUMNS.items()
-    ]
+    # A temperature beyond float32 becomes inf, which the sampler takes for what it means: uniform.
+    with np.errstate(over="ignore"):
+        columns = [
+            np.asarray(special.get(name, getattr(sampling, name, None)), dtype).reshape(-1)
+            for name, (dtype, _) in SAMPLING_COLUMNS.items()
+        ]
     return np.concatenate(
         [c.astype(np.int32) if c.dtype == np.bool_ else c.view(np.int32) for c in columns]
     )

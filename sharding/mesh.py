@@ -48,7 +48,7 @@ def parse_mesh(text: str) -> MeshShape:
     sizes: dict[str, int] = {}
     for item in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = item.partition("=")
-        if axis not in ("data", STAGE, TENSOR) or not size.isdigit() or axis in sizes:
+        if axis not in ("data", STAGE, TENSOR) or not size.isdecimal() or axis in sizes:
             raise MeshError(
                 f"mesh {text!r}: {item!r} is not data=N, stage=N or tensor=N, each at most once"
             )

@@ -4,7 +4,6 @@ It states what it is given and measures nothing.
 """
 
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ context {context} |
 | Tokenizer | sentencepiece BPE with byte fallback, {vocab} pieces; lossless for any text |
 | Training | {steps} steps of {batch} tokens, {tokens:.1f} M in all ({epochs:.1f} times the text) |
 | Hardware | {hardware} |
-| Time | {minutes:.0f} minutes |
+| Time | {minutes:.0f} minutes, {rate:.0f} tokens/s on average |
 | Held-out perplexity | {perplexity:.2f} per token (float32 weights before rounding: \
 {perplexity_float32:.2f}) |
 | Held-out bits per byte | {bits_per_byte:.3f} |
@@ -48,7 +47,9 @@ The sources of CPython {python}'s standard library and the topics of `pydoc_data
 interpreter that ran the script: {train_documents} documents, {train_bytes:.2f} MB, for training;
 {held_documents} documents, {held_bytes:.2f} MB, held out by a hash of their names. Left out: site
 packages, tests, encodings, compiled modules, tables, and files written when the interpreter was
-built. SHA-256 of names and texts: `{digest}`.
+built. Some held-out topics repeat passages of others.
+
+SHA-256 of names and texts: `{digest}`
 
 ## Licence
 
@@ -71,9 +72,10 @@ Drawn at temperature {temperature}, seed 0, the first draw for each prompt; the 
 
 ## Limits
 
-It was trained for minutes, on one kind of text. Names and grammar are often right, meaning seldom
-is. Its code may look valid and do nothing. It can repeat licence headers and other passages that
-stand many times in its text. Past {context} tokens it degrades.
+It was trained for minutes, on one kind of text. The look is right: layout, keywords, turns of
+phrase. The sense seldom is: sentences drift, code seldom runs, names and numbers are made up. It
+can repeat passages that stand many times in its text, such as licence headers. Past {context}
+tokens it degrades.
 """
 
 
@@ -100,6 +102,7 @@ class Card:
     held_out: Stream
     steps: int
     batch_tokens: int
+    hardware: str
     minutes: float
     trained: Score
     """Of the weights as trained, in float32."""
@@ -124,8 +127,9 @@ class Card:
             batch=self.batch_tokens,
             tokens=tokens / 1e6,
             epochs=tokens / len(self.text.tokens),
-            hardware=_hardware(),
+            hardware=self.hardware,
             minutes=self.minutes,
+            rate=tokens / (60 * self.minutes),
             perplexity=self.saved.perplexity,
             perplexity_float32=self.trained.perplexity,
             bits_per_byte=self.saved.bits_per_byte,
@@ -167,10 +171,3 @@ def _logits(model: Llama, tokens_BT: jax.Array) -> jax.Array:
 
 def _quoted(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.split("\n"))
-
-
-def _hardware() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    return f"{os.cpu_count()} {platform.machine()} CPU cores, shared with other work"

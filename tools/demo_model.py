@@ -224,6 +224,8 @@ def save_hugging_face(model: Llama, shape: Shape, bos_id: int, eos_id: int, out:
     )
     partial = out / "model.safetensors.partial"
     save_file(hugging_face_tensors(model), partial, metadata={"format": "pt"})
+    # safetensors writes for its owner only; whoever serves the model may be another user.
+    partial.chmod(0o644)
     partial.replace(out / "model.safetensors")
 
 

@@ -27,6 +27,9 @@ def write_pages(
 ) -> Float[Array, "P p K C"]:
     """Puts token n's keys (or values) at place `offset_N[n]` of page `page_N[n]`.
 
+    What is not finite is written as 0: pages pass from request to request, and a place that a row
+    does not see yet still meets a weight of 0, which would not silence a NaN.
+
     The cache is donated and must be written in place. XLA on CPU (jaxlib 0.11.2) makes the write of
     a single token an update that copies the cache, so a single token is written with a second one,
     to the null page.
@@ -34,7 +37,9 @@ def write_pages(
     if page_N.shape[0] == 1:
         page_N = jnp.pad(page_N, (0, 1))
         offset_N, new_NKC = jnp.tile(offset_N, 2), jnp.tile(new_NKC, (2, 1, 1))
-    return pages_PpKC.at[page_N, offset_N].set(new_NKC.astype(pages_PpKC.dtype))
+    new_NKC = new_NKC.astype(pages_PpKC.dtype)
+    new_NKC = jnp.where(jnp.isfinite(new_NKC), new_NKC, 0)
+    return pages_PpKC.at[page_N, offset_N].set(new_NKC)
 
 
 def paged_attention(
@@ -103,21 +108,18 @@ def _attend(
         peak_RKX, total_RKX, sum_RKXC = carry
         table = lax.dynamic_slice_in_dim(tables_RW, i * block_pages, block_pages, axis=1)
         key_S = i * block + lax.iota(jnp.int32, block)
-        written_RS = key_S < (starts_R + lengths_R)[:, None]
-        k_RKSC = _gather(k_PpKC, table).astype(q_RKXC.dtype)
-        # What was left in a page's free places must not count, not even as 0 x NaN.
-        v_RKSC = jnp.where(written_RS[:, None, :, None], _gather(v_PpKC, table), 0)
+        k_RKSC, v_RKSC = (
+            _gather(cached, table).astype(q_RKXC.dtype) for cached in (k_PpKC, v_PpKC)
+        )
         scores = scale * dot("rkxc,rksc->rkxs", q_RKXC, k_RKSC)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         seen_RXS = (key_S <= at_RX[..., None]) & (key_S > at_RX[..., None] - window)
-        scores = jnp.where((seen_RXS & written_RS[:, None])[:, None], scores, -jnp.inf)
+        scores = jnp.where(seen_RXS[:, None], scores, -jnp.inf)
         new_peak_RKX = jnp.maximum(peak_RKX, scores.max(-1))
         weights = jnp.exp(scores - new_peak_RKX[..., None])
         decay_RKX = jnp.exp(peak_RKX - new_peak_RKX)
-        seen_RKXC = dot(
-            "rkxs,rksc->rkxc", weights.astype(q_RKXC.dtype), v_RKSC.astype(q_RKXC.dtype)
-        )
+        seen_RKXC = dot("rkxs,rksc->rkxc", weights.astype(q_RKXC.dtype), v_RKSC)
         return (
             new_peak_RKX,
             total_RKX * decay_RKX + weights.sum(-1),

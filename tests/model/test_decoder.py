@@ -1,4 +1,4 @@
-"""The JAX decoder by itself, over fresh pages on one device, against transformers and the reference."""
+"""The JAX decoder by itself, over fresh pages, against transformers and the reference."""
 
 from functools import partial
 
@@ -16,10 +16,10 @@ from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_expected, load_family, logits
 from tests.serve.harness import ArraySource
 
-# transformers computed in float32, whose rounding moves these logits by up to 2.4e-4.
+# Float32 moves these logits by up to 2.4e-4 in transformers, and by as much here (Gemma 3; most by
+# half of it). The reference computes in float64, so there ours is the only rounding.
 TRANSFORMERS_TOLERANCE = 1e-3
-# Ours is the only rounding when the reference computes in float64.
-REFERENCE_TOLERANCE = 2e-4
+REFERENCE_TOLERANCE = 3e-4
 
 PAGE_SIZE = 16
 LONGEST = 130

@@ -1,6 +1,6 @@
 """Tiny random models, and an engine of them that a test moves step by step.
 
-It does not know checkpoints on disk (`test_build`) or what any test claims.
+It does not know checkpoints on disk (`test_build.py`) or what any test claims.
 """
 
 import random
@@ -25,10 +25,9 @@ from sharding.mesh import MeshShape, make_meshes
 from tests.model.reference import logits
 
 PAGE_SIZE = 16
+ONE_DEVICE = MeshShape()
 
-LIMITS = Limits(
-    max_batch=4, token_budget=64, chunk=16, max_steps=4, max_queue=100, max_context=128
-)
+LIMITS = Limits(max_batch=4, token_budget=64, chunk=16, max_steps=4, max_queue=100, max_context=128)
 
 # Eight query heads and four experts, so that a mesh of tensor=8 repeats kv heads and splits
 # experts; five layers and a vocabulary that neither stages nor devices divide; windows that differ
@@ -133,7 +132,7 @@ class Parts:
 def make_parts(
     config: ModelConfig,
     arrays: Mapping[str, np.ndarray],
-    mesh: MeshShape = MeshShape(),
+    mesh: MeshShape = ONE_DEVICE,
     limits: Limits = LIMITS,
     num_pages: int = 64,
     replica: int = 0,
@@ -153,7 +152,7 @@ def make_parts(
 
 
 def compile_few(runner: Runner) -> None:
-    """Compiles the largest mixed step and the longest loop only: between them they hold any plan."""
+    """Compiles the largest mixed step and the longest loop only: they hold any plan."""
     mixed = max(runner.shapes, key=lambda shape: (shape.num_chunks, shape.num_decode))
     loop = max(runner.shapes, key=lambda shape: (shape.max_tokens, shape.num_decode))
     runner.shapes = [mixed, loop] if loop.max_tokens > 1 else [mixed]
@@ -206,10 +205,14 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> dict[str, A
     return answers
 
 
-def greedy(request_id: str, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> GenerateRequest:
+def greedy(
+    request_id: str, prompt: Sequence[int], max_tokens: int, **sampling: Any
+) -> GenerateRequest:
     """A greedy request past any end id, unless `sampling` says otherwise."""
     params: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True} | sampling
-    return GenerateRequest(request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params))
+    return GenerateRequest(
+        request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params)
+    )
 
 
 def random_prompts(config: ModelConfig, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -94,6 +94,13 @@ def answer_to(parts, request, **limits):
     return generate(parts.engine(**limits), [request])[request.request_id]
 
 
+def submit_all(engine, requests):
+    answers = {request.request_id: Answer() for request in requests}
+    for request in requests:
+        engine.submit(request, answers[request.request_id])
+    return answers
+
+
 def assert_chosen(logits_V, token):
     """`token` is the best of `logits_V`, and by more than rounding."""
     second, best = np.sort(logits_V)[-2:]
@@ -469,18 +476,14 @@ def test_id_of_a_request_under_way_is_refused_and_may_be_used_again_after(parts)
     engine.submit(request, second)
     finish(engine)
     assert second.finish_reason is FinishReason.LENGTH
-    assert not first.token_ids or first.finish_reason is FinishReason.CANCELLED
 
 
 def test_queue_of_ten_takes_ten_of_a_hundred_and_serves_them(parts):
-    engine, answers = parts.engine(max_queue=10), {}
-    for i in range(100):
-        try:
-            engine.submit(greedy(str(i), prompt_of(4), 4), answer := Answer())
-            answers[i] = answer
-        except Overloaded as error:
-            assert "holds 10 requests, schedule.max_queue allows 10" in str(error)
-    assert list(answers) == list(range(10))
+    engine = parts.engine(max_queue=10)
+    answers = submit_all(engine, [greedy(str(i), prompt_of(4), 4) for i in range(10)])
+    for i in range(10, 100):
+        with pytest.raises(Overloaded, match=r"holds 10 requests, schedule.max_queue allows 10"):
+            engine.submit(greedy(str(i), prompt_of(4), 4), Answer())
     finish(engine)
     assert {a.finish_reason for a in answers.values()} == {FinishReason.LENGTH}
     assert engine.load().num_finished == 10
@@ -501,13 +504,6 @@ def test_request_of_more_pages_than_there_are_is_refused_with_what_to_change(par
 
 
 # The engine on its own thread.
-
-
-def submit_all(engine, requests):
-    answers = {request.request_id: Answer() for request in requests}
-    for request in requests:
-        engine.submit(request, answers[request.request_id])
-    return answers
 
 
 def test_draining_engine_finishes_what_it_has_and_refuses_more(parts):
@@ -570,14 +566,14 @@ def test_aborts_from_many_threads_leave_the_engine_whole(parts):
     answers = {}
 
     def clients(n):
-        rng = random.Random(n)
-        for i in range(25):
+        for i in range(40):
             request_id = f"{n}.{i}"
-            answers[request_id] = Answer()
-            engine.submit(greedy(request_id, prompt_of(3), 12), answers[request_id])
-            if rng.random() < 0.7:
-                threading.Event().wait(rng.random() * 0.01)
-                engine.abort(request_id)
+            answers[request_id] = answer = Answer()
+            engine.submit(greedy(request_id, prompt_of(3), 60), answer)
+            # Whenever the first tokens come, the next are on their way.
+            while not answer.outputs:
+                pass
+            engine.abort(request_id)
 
     threads = [threading.Thread(target=clients, args=(n,)) for n in range(num_threads)]
     interval = sys.getswitchinterval()
@@ -593,7 +589,7 @@ def test_aborts_from_many_threads_leave_the_engine_whole(parts):
         sys.setswitchinterval(interval)
         engine.stop()
     assert engine.failure is None
-    expected = answer_to(parts, greedy("alone", prompt_of(3), 12)).token_ids
+    expected = answer_to(parts, greedy("alone", prompt_of(3), 60)).token_ids
     for answer in answers.values():
         assert answer.finish_reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
         assert answer.token_ids == expected[: len(answer.token_ids)]

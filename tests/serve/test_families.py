@@ -6,7 +6,7 @@ import pytest
 
 from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_expected, load_family
-from tests.serve.harness import LIMITS, generate, greedy, make_parts, compile_few
+from tests.serve.harness import LIMITS, compile_few, generate, greedy, make_parts
 
 # All six prompts run at once, the longest in chunks beside the others' decoding. One token a step
 # takes one program; test_engine.py and test_meshes.py have the loop of several.

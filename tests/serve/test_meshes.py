@@ -1,28 +1,30 @@
 """Every mesh of eight virtual devices writes the same tokens, token for token."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 
-from serve.engine import Engine
+from serve.errors import DuplicateRequest
 from serve.replicas import Replicas
 from sharding.mesh import MeshShape, parse_mesh
 from tests.serve.harness import (
     DENSE,
+    LIMITS,
     MOE,
     Answer,
     assert_greedy,
-    finish,
+    compile_few,
     generate,
     greedy,
     make_parts,
     random_prompts,
     random_weights,
-    compile_few,
 )
 
 MODELS = {"dense": DENSE, "experts": MOE}
 NUM_TOKENS = 14
+TIMEOUT_S = 60
 
 # The longest takes two steps, so that prefill and decode rows share one.
 PROMPT_LENGTHS = (1, 70, 17, 9, 33, 2)
@@ -77,3 +79,33 @@ def test_mesh_writes_the_tokens_of_one_device(model, mesh):
     answers = served(model, parse_mesh(mesh))
     tokens = {id_: answer.token_ids for id_, answer in answers.items()}
     assert tokens == tokens_on_one_device(model)
+
+
+def test_replicas_share_the_requests_and_write_the_tokens_of_one_device():
+    limits = replace(LIMITS, max_steps=1)  # one program for each replica
+    parts = [
+        make_parts(DENSE, weights("dense"), MeshShape(data=2), limits, replica=i) for i in (0, 1)
+    ]
+    for one in parts:
+        compile_few(one.runner)
+    first, second = (set(one.runner.programs.mesh.devices.flat) for one in parts)
+    assert not first & second
+
+    engines = [one.engine() for one in parts]
+    replicas = Replicas(engines)
+    answers = {request.request_id: Answer() for request in requests("dense")}
+    for request in requests("dense"):
+        replicas.submit(request, answers[request.request_id])
+    with pytest.raises(DuplicateRequest, match="'0' is being served"):
+        replicas.submit(requests("dense")[0], Answer())
+    assert [engine.load().num_waiting for engine in engines] == [3, 3]
+    assert replicas.load().num_waiting == 6
+    assert replicas.info.mesh == {"data": 2, "stage": 1, "tensor": 1}
+
+    replicas.start()
+    assert replicas.wait_idle(TIMEOUT_S)
+    replicas.stop()
+    tokens = {id_: answer.token_ids for id_, answer in answers.items()}
+    assert tokens == tokens_on_one_device("dense")
+    assert [engine.load().num_finished for engine in engines] == [3, 3]
+    assert replicas.load().generated_tokens == 6 * NUM_TOKENS

@@ -19,7 +19,14 @@ from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
 from serve.plan import Row, StepPlan
 from serve.plan import Sequence as Running
-from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs
+from serve.request import (
+    FinishReason,
+    GenerateRequest,
+    Output,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+)
 from serve.scheduler import Limits, RowResult, Scheduler
 
 VOCAB = 11
@@ -261,6 +268,11 @@ class Server:
             assert self.num_steps < max_steps, f"after {self.num_steps} steps {self.live} wait"
             self.step()
 
+    def timings(self, request_id: str) -> Timings:
+        found = self.outputs[request_id][-1].timings
+        assert found is not None
+        return found
+
     def tokens(self, request_id: str) -> tuple[int, ...]:
         return tuple(token for output in self.outputs[request_id] for token in output.token_ids)
 
@@ -293,8 +305,8 @@ class Server:
     def _check_books(self) -> None:
         """Slots and pages are held by running sequences, each by one."""
         scheduler = self.scheduler
-        slots = [sequence.slot for sequence in scheduler.running]
-        assert None not in slots
+        slots = [sequence.slot for sequence in scheduler.running if sequence.slot is not None]
+        assert len(slots) == len(scheduler.running)
         assert len(set(slots)) == len(slots) <= self.limits.max_batch
         held = [page for slot in slots for page in scheduler.tables.pages(slot)]
         assert len(set(held)) == len(held) == self.pool.num_used
@@ -503,8 +515,8 @@ def test_preemption_takes_the_latest_and_its_answer_is_the_same():
     assert "a" not in preempted
     for name in "abc":
         some.check_answer(name)
-    assert some.outputs["a"][-1].timings.num_preemptions == 0
-    assert some.outputs["c"][-1].timings.num_preemptions == preempted.count("c")
+    assert some.timings("a").num_preemptions == 0
+    assert some.timings("c").num_preemptions == preempted.count("c")
 
 
 @pytest.mark.parametrize(("num_pages", "admitted"), [(5, ["a"]), (6, ["a", "b"])])
@@ -522,8 +534,8 @@ def test_higher_priority_that_came_later_is_not_preempted_for_a_lower_one():
     some.step()
     some.add(request("high", 4, priority=0, max_tokens=12))
     some.finish()
-    assert some.outputs["high"][-1].timings.num_preemptions == 0
-    assert some.outputs["low"][-1].timings.num_preemptions > 0
+    assert some.timings("high").num_preemptions == 0
+    assert some.timings("low").num_preemptions > 0
     some.check_answer("low")
 
 
@@ -684,7 +696,7 @@ def test_times_are_counted_from_arrival():
     some.add(request("a", 8, max_tokens=3))
     some.add(request("b", 8, max_tokens=2))
     some.finish()
-    times = [some.outputs[name][-1].timings for name in "ab"]
+    times = [some.timings(name) for name in "ab"]
     # Each result is read in the step after its own; b waits until a's last has been read.
     assert [one.scheduled_s for one in times] == [0, 4]
     assert [one.first_token_s for one in times] == [1, 5]

@@ -75,7 +75,7 @@ def folders(
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda line, flush=False: lines.append(line))
-        build(corpus, RECIPE, Budget(minutes=0, steps=STEPS), out, work, prompts=["def "])
+        build(corpus, RECIPE, Budget(minutes=0, steps=STEPS), out, work, "a test", prompts=["def "])
     return out, work, "\n".join(lines)
 
 
