@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-DECODE_BLOCK = 256
+DECODE_BLOCK = 128
 PREFILL_BLOCK = 128
 """Keys taken per turn of the loop, for rows of one query and of many: smaller blocks cost turns,
 larger ones visit keys that nobody sees."""
