@@ -8,6 +8,6 @@ B  rows of a batch        T  new tokens of a row      S  cached tokens of a row
 N  new tokens of a step   D  model width              F  feed-forward width
 H  query heads            K  kv heads                 G  query heads per kv head
 C  channels of a head     V  vocabulary               E  experts
-P  pages                  W  page-table width         R  rows of a step: decode rows, then prefill
-rows
+U  channels of a value    P  pages                    W  page-table width
+R  rows of a step: decode rows, then prefill rows
 """

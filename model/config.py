@@ -41,7 +41,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding, half-split pairs, over all channels of a head."""
+    """Rotary position embedding, half-split pairs, over the last `rope_dim` channels of a head."""
 
     theta: float
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
@@ -76,9 +76,39 @@ class Experts:
     top_k: int
     size: int
     normalize: bool
-    """Scale the chosen experts' softmax weights to sum to one."""
+    """Scale the chosen experts' weights to sum to one."""
     bias: bool = False
     """On the router and on every expert's gate, up and down."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes weights of the router's logits."""
+    selection_bias: bool = False
+    """A learned number for each expert joins its weight where experts are chosen, only there."""
+    num_groups: int = 1
+    top_groups: int = 1
+    """Experts stand in equal groups; only those of a token's best `top_groups` may be chosen, the
+    best by the sum of a group's two best experts."""
+    scale: float = 1.0
+    """Factor on the chosen experts' weights."""
+    shared_size: int = 0
+    """Width of a block beside the experts, that every token passes."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1).
+
+    Queries come up from `q_rank` numbers for each token (None: from x itself), keys and values from
+    `kv_rank`. A head's key is `nope_dim` channels of its own, then `rope_dim` rotated ones that all
+    heads share.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float
+    """Of the norms of both latents; a model's other norms may have another."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +150,7 @@ class ModelConfig:
     sinks: bool = False
     """One learned logit per head that joins the softmax and carries no value."""
     experts: Experts | None = None
+    latent: Latent | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -134,8 +165,9 @@ class ModelConfig:
             "every kv head must serve the same number of query heads",
         )
         _require(
-            self.head_dim % 2 == 0,
-            f"head_dim is {self.head_dim}; rotary embedding needs pairs of channels",
+            self.rope_dim % 2 == 0,
+            f"{'rope_dim' if self.latent else 'head_dim'} is {self.rope_dim}; rotary embedding "
+            "needs pairs of channels",
         )
         _require(bool(self.layers), "there are no layers")
         for i, layer in enumerate(self.layers):
@@ -154,6 +186,9 @@ class ModelConfig:
                 f"each token chooses {experts.top_k} of {experts.num_experts} experts; "
                 f"it must be between 1 and {experts.num_experts}",
             )
+            _require_groups(experts)
+        if self.latent is not None:
+            _require_latent(self, self.latent)
 
     @property
     def num_layers(self) -> int:
@@ -163,6 +198,50 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one kv head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that are rotated, its last."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's value."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+
+def _require_groups(experts: Experts) -> None:
+    if experts.num_groups == 1 and experts.top_groups == 1:
+        return
+    groups, chosen = experts.num_groups, experts.top_groups
+    size = experts.num_experts // groups
+    _require(
+        experts.num_experts % groups == 0 and size >= 2,
+        f"{experts.num_experts} experts stand in {groups} groups; "
+        "groups must be equal, of two experts or more",
+    )
+    _require(
+        0 < chosen <= groups and experts.top_k <= chosen * size,
+        f"each token chooses {experts.top_k} experts of {chosen} of {groups} groups of {size}; "
+        "the chosen groups must hold as many",
+    )
+
+
+def _require_latent(config: ModelConfig, latent: Latent) -> None:
+    _require(
+        config.head_dim == latent.nope_dim + latent.rope_dim,
+        f"head_dim is {config.head_dim}; latent attention's is its nope_dim {latent.nope_dim} and "
+        f"rope_dim {latent.rope_dim} together",
+    )
+    _require(
+        config.num_kv_heads == config.num_heads,
+        f"num_kv_heads is {config.num_kv_heads}; latent attention has one for each of its "
+        f"{config.num_heads} query heads",
+    )
+    _require(
+        not config.qkv_bias and config.qk_norm == "none",
+        "latent attention has neither qkv_bias nor qk_norm; its norms are on the latents",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from model.attention import Attention, Pages, Tokens
 from model.config import Layer, ModelConfig
+from model.latent_attention import LatentAttention
 from model.linear import matmul, rms_norm
 from model.mlp import Mlp
 from model.moe import Moe
@@ -22,7 +23,10 @@ class DecoderLayer(nnx.Module):
         self, config: ModelConfig, layer: Layer, num_routed: int, dtype: jnp.dtype
     ) -> None:
         self.config = config
-        self.attention = Attention(config, layer, dtype)
+        if config.latent:
+            self.attention = LatentAttention(config, config.latent, dtype)
+        else:
+            self.attention = Attention(config, dtype)
         if layer.experts:
             self.moe = Moe(config, num_routed, dtype)
         else:

@@ -1,4 +1,4 @@
-"""The mixture-of-experts block: a router, and each device's experts over all tokens.
+"""The mixture-of-experts block: a router, each device's experts over all tokens, shared experts.
 
 This is the plain path: every expert sees every token, weighted by zero where it wasn't chosen. It
 does not know how experts were dealt to devices beyond their order.
@@ -15,15 +15,37 @@ from model.linear import matmul
 from model.mlp import activate
 from sharding.collectives import sum_over_tensor, tensor_index
 
+ALL_ZERO = 1e-20
+"""Added where weights are made to sum to one: sigmoids of all the chosen may round to zero."""
 
-def route(logits_NE: Float[Array, "N E"], experts: Experts) -> Float[Array, "N E"]:
+
+def route(
+    logits_NE: Float[Array, "N E"],
+    experts: Experts,
+    selection_bias_E: Float[Array, " E"] | None = None,
+) -> Float[Array, "N E"]:
     """Each token's weight on each expert, zero on all but its `top_k`; float32."""
-    scores_NE = jax.nn.softmax(logits_NE.astype(jnp.float32), axis=-1)
-    top_NA, chosen_NA = lax.top_k(scores_NE, experts.top_k)
+    score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[experts.scoring]
+    scores_NE = score(logits_NE.astype(jnp.float32))
+    ranked_NE = scores_NE if selection_bias_E is None else scores_NE + selection_bias_E
+    if experts.top_groups < experts.num_groups:
+        ranked_NE = _in_best_groups(ranked_NE, experts)
+    _, chosen_NA = lax.top_k(ranked_NE, experts.top_k)
+    top_NA = jnp.take_along_axis(scores_NE, chosen_NA, axis=1)
     if experts.normalize:
-        top_NA = top_NA / top_NA.sum(-1, keepdims=True)
+        top_NA = top_NA / (top_NA.sum(-1, keepdims=True) + ALL_ZERO)
     rows_N1 = jnp.arange(scores_NE.shape[0])[:, None]
-    return jnp.zeros_like(scores_NE).at[rows_N1, chosen_NA].set(top_NA)
+    return jnp.zeros_like(scores_NE).at[rows_N1, chosen_NA].set(experts.scale * top_NA)
+
+
+def _in_best_groups(ranked_NE: jax.Array, experts: Experts) -> jax.Array:
+    """-inf on the experts outside of each token's best groups."""
+    N, E = ranked_NE.shape
+    grouped = ranked_NE.reshape(N, experts.num_groups, -1)
+    two_best, _ = lax.top_k(grouped, 2)
+    _, best = lax.top_k(two_best.sum(-1), experts.top_groups)
+    open_ = jnp.zeros(grouped.shape[:2], bool).at[jnp.arange(N)[:, None], best].set(True)
+    return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(N, E)
 
 
 class Moe(nnx.Module):
@@ -41,16 +63,25 @@ class Moe(nnx.Module):
             self.router_bias = nnx.Param(jnp.zeros((num_routed,), dtype))
             self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype))
             self.down_bias = nnx.Param(jnp.zeros((E, D), dtype))
+        if experts.selection_bias:
+            self.selection_bias = nnx.Param(jnp.zeros((num_routed,), jnp.float32))
+        if experts.shared_size:
+            self.shared_gate_up = nnx.Param(jnp.zeros((D, 2, experts.shared_size), dtype))
+            self.shared_down = nnx.Param(jnp.zeros((experts.shared_size, D), dtype))
 
     def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
         experts = self.config.experts
         assert experts is not None, "a layer of experts in a configuration without experts"
-        logits_NE = matmul(x_ND, self.router[...])
+        # In float32, since the last bit may decide between two experts.
+        x32_ND, router_DE = x_ND.astype(jnp.float32), self.router[...].astype(jnp.float32)
+        logits_NE = matmul(x32_ND, router_DE)
         weights = [self.gate_up[...], self.down[...]]
         if experts.bias:
             logits_NE = logits_NE + self.router_bias[...]
             weights += [self.gate_up_bias[...], self.down_bias[...]]
-        routed_EN = self._local(route(logits_NE, experts), experts.num_experts)
+        selection_bias_E = self.selection_bias[...] if experts.selection_bias else None
+        routed_NE = route(logits_NE, experts, selection_bias_E)
+        routed_EN = self._local(routed_NE, experts.num_experts)
 
         def add_expert(sum_ND: jax.Array, expert: tuple[jax.Array, list[jax.Array]]):
             routed_N, (gate_up_D2F, down_FD, *bias) = expert
@@ -64,8 +95,16 @@ class Moe(nnx.Module):
             return sum_ND + routed_N[:, None] * out_ND.astype(jnp.float32), None
 
         start_ND = jnp.zeros(x_ND.shape, jnp.float32)
+        if experts.shared_size:
+            start_ND = self._shared(x_ND).astype(jnp.float32)
         sum_ND, _ = lax.scan(add_expert, start_ND, (routed_EN, weights))
         return sum_over_tensor(sum_ND).astype(x_ND.dtype)
+
+    def _shared(self, x_ND: jax.Array) -> jax.Array:
+        """This device's part of what every token passes."""
+        D, _, F = self.shared_gate_up.shape
+        hidden_N2F = matmul(x_ND, self.shared_gate_up[...].reshape(D, 2 * F)).reshape(-1, 2, F)
+        return matmul(activate(hidden_N2F, self.config), self.shared_down[...])
 
     def _local(self, routed_NE: jax.Array, num_pieces: int) -> jax.Array:
         """The rows [E, N] of this device's experts, or pieces of experts."""

@@ -105,6 +105,8 @@ def misfit(config: ModelConfig, stages: int, tensor: int) -> str:
         if experts.size % (tensor // experts.num_experts):
             pieces = tensor // experts.num_experts
             return f"experts of width {experts.size} do not split into {pieces} for tensor={tensor}"
+    if experts and experts.shared_size % tensor:
+        return f"shared experts' width {experts.shared_size} does not divide over tensor={tensor}"
     if stages > config.num_layers:
         return f"{config.num_layers} layers are fewer than stage={stages}"
     per_stage = -(-config.num_layers // stages)
@@ -206,7 +208,7 @@ def _read_shard(
 
 def _constant(config: ModelConfig, layer: int, leaf: str) -> np.ndarray | None:
     """A number of the configuration that travels with the weights."""
-    inv_freq, factor = inverse_frequencies(config.layers[layer].rope, config.head_dim)
+    inv_freq, factor = inverse_frequencies(config.layers[layer].rope, config.rope_dim)
     window = config.layers[layer].window
     constants = {
         "attention.inv_freq": inv_freq,
@@ -257,7 +259,7 @@ def _whole_shape(config: ModelConfig, leaf: str) -> tuple[int, ...]:
         "attention.q_norm_all": (K, G, C),
         "attention.k_norm_all": (K, C),
         "attention.sinks": (K, G),
-        "attention.out": (K, G, C, D),
+        "attention.out": (K, G, config.value_dim, D),
         "moe.gate_up": (E, D, 2, F),
         "moe.gate_up_bias": (E, 2, F),
         "moe.down": (E, F, D),

@@ -65,13 +65,19 @@ def sample(
     `num_output_R` counts the tokens a row has chosen before: with the seed it decides the random
     numbers, so a row's choice does not depend on its batch.
     """
-    penalized_RV = _penalize(logits_RV, sampling, history, slots_R, num_output_R)
-    greedy_R = _argmax(penalized_RV)
-    chosen_R = lax.cond(
-        jnp.any(sampling.temperature > 0),
-        lambda: _draw(penalized_RV, greedy_R, sampling, num_output_R),
-        lambda: greedy_R,
-    )
+    is_plain_R = (sampling.temperature == 0) & ~uses_history(sampling)
+    is_plain_R &= num_output_R >= sampling.min_tokens
+
+    def choose() -> jax.Array:
+        penalized_RV = _penalize(logits_RV, sampling, history, slots_R, num_output_R)
+        greedy_R = _argmax(penalized_RV)
+        return lax.cond(
+            jnp.any(sampling.temperature > 0),
+            lambda: _draw(penalized_RV, greedy_R, sampling, num_output_R),
+            lambda: greedy_R,
+        )
+
+    chosen_R = lax.cond(jnp.all(is_plain_R), lambda: _argmax(logits_RV), choose)
     return chosen_R, lax.cond(
         jnp.any(sampling.logprobs),
         lambda: logprobs(logits_RV, chosen_R),

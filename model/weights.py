@@ -8,14 +8,22 @@ It does not read files (`model/checkpoint`) and names no family (`model/families
 | embedding                          | [V, D]           |                                     |
 | head                               | [D, V]           | absent when embeddings are tied     |
 | final_norm                         | [D]              |                                     |
-| layers.I.attention.qkv             | [D, K, G + 2, C] | by kv head: its G query heads, k, v |
+| layers.I.attention.qkv             | [D, K, G + 2, C] | by kv head: its G query heads, k, v;|
+|                                    |                  | absent with latent                  |
 | layers.I.attention.qkv_bias        | [K, G + 2, C]    | with qkv_bias                       |
+| layers.I.attention.q               | [D, K, C]        | latent, without a q_rank            |
+| layers.I.attention.q_down          | [D, q_rank]      | latent                              |
+| layers.I.attention.q_latent_norm   | [q_rank]         | latent                              |
+| layers.I.attention.q_up            | [q_rank, K, C]   | latent; C is nope_dim + rope_dim    |
+| layers.I.attention.kv_down         | [D, kv_rank + rope_dim] | latent; then the shared key  |
+| layers.I.attention.kv_latent_norm  | [kv_rank]        | latent                              |
+| layers.I.attention.kv_up           | [kv_rank, K, nope_dim + U] | latent                    |
 | layers.I.attention.q_norm          | [C]              | qk_norm "head"                      |
 | layers.I.attention.k_norm          | [C]              | qk_norm "head"                      |
 | layers.I.attention.q_norm_all      | [K, G, C]        | qk_norm "all"                       |
 | layers.I.attention.k_norm_all      | [K, C]           | qk_norm "all"                       |
 | layers.I.attention.sinks           | [K, G]           | with sinks                          |
-| layers.I.attention.out             | [K, G, C, D]     |                                     |
+| layers.I.attention.out             | [K, G, U, D]     | U is C but with latent              |
 | layers.I.attention.out_bias        | [D]              | with out_bias                       |
 | layers.I.mlp.gate_up               | [D, 2, F]        | dense layers                        |
 | layers.I.mlp.gate_up_bias          | [2, F]           | with mlp_bias                       |
@@ -27,6 +35,9 @@ It does not read files (`model/checkpoint`) and names no family (`model/families
 | layers.I.moe.gate_up_bias          | [E, 2, F]        | with experts.bias                   |
 | layers.I.moe.down                  | [E, F, D]        | expert layers                       |
 | layers.I.moe.down_bias             | [E, D]           | with experts.bias                   |
+| layers.I.moe.selection_bias        | [E]              | with experts.selection_bias         |
+| layers.I.moe.shared_gate_up        | [D, 2, F]        | F is experts.shared_size            |
+| layers.I.moe.shared_down           | [F, D]           | F is experts.shared_size            |
 | layers.I.attention_norm, .mlp_norm | [D]              | norm_placement "pre" or "both"      |
 | layers.I.attention_post_norm, .mlp_post_norm | [D]    | norm_placement "post" or "both"     |
 """
@@ -36,7 +47,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.config import Layer, ModelConfig
+from model.config import Latent, Layer, ModelConfig
 
 Shape = tuple[int, ...]
 Pack = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -57,6 +68,14 @@ class Weight:
     parts: tuple[tuple[str, ...], ...]
     pack: Pack
     unpack: Unpack
+
+
+def stays_float32(name: str) -> bool:
+    """Whether a weight is kept as it is, whatever dtype the others are served or converted in.
+
+    A selection bias is; rounding it would choose other experts.
+    """
+    return name.endswith(".moe.selection_bias")
 
 
 def shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -86,6 +105,17 @@ def _layer(config: ModelConfig, layer: Layer) -> dict[str, Shape]:
 
 
 def _attention(config: ModelConfig) -> dict[str, Shape]:
+    D, K, G, U = config.hidden_size, config.num_kv_heads, config.group_size, config.value_dim
+    found = _latent(config, config.latent) if config.latent else _qkv(config)
+    if config.sinks:
+        found["attention.sinks"] = (K, G)
+    found["attention.out"] = (K, G, U, D)
+    if config.out_bias:
+        found["attention.out_bias"] = (D,)
+    return found
+
+
+def _qkv(config: ModelConfig) -> dict[str, Shape]:
     D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
     found: dict[str, Shape] = {"attention.qkv": (D, K, G + 2, C)}
     if config.qkv_bias:
@@ -94,12 +124,23 @@ def _attention(config: ModelConfig) -> dict[str, Shape]:
         found |= {"attention.q_norm": (C,), "attention.k_norm": (C,)}
     if config.qk_norm == "all":
         found |= {"attention.q_norm_all": (K, G, C), "attention.k_norm_all": (K, C)}
-    if config.sinks:
-        found["attention.sinks"] = (K, G)
-    found["attention.out"] = (K, G, C, D)
-    if config.out_bias:
-        found["attention.out_bias"] = (D,)
     return found
+
+
+def _latent(config: ModelConfig, latent: Latent) -> dict[str, Shape]:
+    D, K, C = config.hidden_size, config.num_kv_heads, config.head_dim
+    queries: dict[str, Shape] = {"attention.q": (D, K, C)}
+    if latent.q_rank:
+        queries = {
+            "attention.q_down": (D, latent.q_rank),
+            "attention.q_latent_norm": (latent.q_rank,),
+            "attention.q_up": (latent.q_rank, K, C),
+        }
+    return queries | {
+        "attention.kv_down": (D, latent.kv_rank + latent.rope_dim),
+        "attention.kv_latent_norm": (latent.kv_rank,),
+        "attention.kv_up": (latent.kv_rank, K, latent.nope_dim + latent.value_dim),
+    }
 
 
 def _mlp(config: ModelConfig) -> dict[str, Shape]:
@@ -124,4 +165,8 @@ def _experts(config: ModelConfig) -> dict[str, Shape]:
             "moe.gate_up_bias": (E, 2, F),
             "moe.down_bias": (E, D),
         }
+    if config.experts.selection_bias:
+        found["moe.selection_bias"] = (E,)
+    if shared := config.experts.shared_size:
+        found |= {"moe.shared_gate_up": (D, 2, shared), "moe.shared_down": (shared, D)}
     return found

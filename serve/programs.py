@@ -51,15 +51,19 @@ class CacheShape:
     def page_bytes(self, partition: Partition) -> int:
         """Bytes one page takes on each device: K and V of all its layers."""
         model = partition.fitted
-        token = model.num_kv_heads // partition.tensor * model.head_dim
+        token = model.num_kv_heads // partition.tensor * (model.head_dim + model.value_dim)
         layer = self.page_size * token * jnp.dtype(self.dtype).itemsize
-        return 2 * partition.layers_per_stage * layer
+        return partition.layers_per_stage * layer
 
-    def arrays(self, partition: Partition) -> jax.ShapeDtypeStruct:
-        """Keys, or values, of one layer slot over all devices."""
+    def arrays(self, partition: Partition) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Keys and values of one layer slot over all devices."""
         model = partition.fitted
-        shape = (partition.stages, self.num_pages, self.page_size)
-        return jax.ShapeDtypeStruct((*shape, model.num_kv_heads, model.head_dim), self.dtype)
+        shape = (partition.stages, self.num_pages, self.page_size, model.num_kv_heads)
+        keys, values = (
+            jax.ShapeDtypeStruct((*shape, width), self.dtype)
+            for width in (model.head_dim, model.value_dim)
+        )
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ class Programs:
 
     def empty_state(self) -> State:
         """An empty cache and free slots."""
-        pages = self.cache.arrays(self.partition)
+        keys, values = self.cache.arrays(self.partition)
         slots, vocab = self.limits.max_batch + 1, self.partition.config.vocab_size
         return State(
             pages=[
-                (jnp.zeros(pages.shape, pages.dtype), jnp.zeros(pages.shape, pages.dtype))
+                (jnp.zeros(keys.shape, keys.dtype), jnp.zeros(values.shape, values.dtype))
                 for _ in range(self.partition.layers_per_stage)
             ],
             last_token=jnp.zeros((slots,), jnp.int32),

@@ -16,6 +16,13 @@ WEIGHTS: dict[str, P] = {
     "final_norm": P(),
     "attention.qkv": P(None, TENSOR),
     "attention.qkv_bias": P(TENSOR),
+    "attention.q": P(None, TENSOR),
+    "attention.q_down": P(),
+    "attention.q_latent_norm": P(),
+    "attention.q_up": P(None, TENSOR),
+    "attention.kv_down": P(),
+    "attention.kv_latent_norm": P(),
+    "attention.kv_up": P(None, TENSOR),
     "attention.q_norm": P(),
     "attention.k_norm": P(),
     "attention.q_norm_all": P(TENSOR),
@@ -36,6 +43,9 @@ WEIGHTS: dict[str, P] = {
     "moe.gate_up_bias": P(TENSOR),
     "moe.down": P(TENSOR),
     "moe.down_bias": P(TENSOR),
+    "moe.selection_bias": P(),
+    "moe.shared_gate_up": P(None, None, TENSOR),
+    "moe.shared_down": P(TENSOR),
     "attention_norm": P(),
     "attention_post_norm": P(),
     "mlp_norm": P(),
@@ -44,7 +54,7 @@ WEIGHTS: dict[str, P] = {
 """By a weight's name in `model/weights.py`, without its layer."""
 
 PAGES = P(STAGE, None, None, TENSOR)
-"""A layer slot's K or V pages: [stages, pages, page_size, kv_heads, head_dim]."""
+"""A layer slot's K or V pages: [stages, pages, page_size, kv_heads, head_dim or value_dim]."""
 
 REPLICATED = P()
 """What every device holds whole: slot state, the step's packed metadata, sampled tokens."""

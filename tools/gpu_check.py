@@ -70,8 +70,8 @@ def check(name: str, shape: StepShape, stages: int, tensor: int, num_layers: int
     step, arguments = programs.jit_step(shape), programs.abstract_arguments(shape)
     shardings = programs.shardings(programs.argument_cuts())
     compiled = gpu_aot.compile_for_h200(step, arguments, in_shardings=shardings)
-    pages = cache.arrays(partition)
-    layer_bytes = pages.size * pages.dtype.itemsize // (stages * tensor)
+    keys, _ = cache.arrays(partition)
+    layer_bytes = keys.size * keys.dtype.itemsize // (stages * tensor)
     report = gpu_aot.report(compiled, larger_than=layer_bytes // 2)
     return Finding(
         step=name,

@@ -18,8 +18,9 @@ from typing import Any
 from bench.peers.protocol import Answer, Generate, Job, Ready, answer_jobs
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
 
-SCHEDULE = {"max_batch": 16, "token_budget": 1024 + 16}
-"""The widest batch asked for, and a budget that takes the longest prompt in one step."""
+SCHEDULE = {"max_batch": 16, "token_budget": 1024 + 16, "chunk": 128}
+"""The widest batch asked for, a budget that takes the longest prompt in one step, and rows as long
+as the shortest prompt."""
 PAGES = 512
 """Enough for that batch at either backend's page size; the default would take a share of memory."""
 

@@ -21,7 +21,7 @@ from model.checkpoint.manifest import Manifest, TensorRecord
 from model.checkpoint.source import Block, CheckpointError, TensorSource, TensorSpec
 from model.checkpoint.staging import staged
 from model.families import read_model_config, weights
-from model.weights import Weight
+from model.weights import Weight, stays_float32
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the tensor at hand; every byte is counted twice, once
@@ -93,7 +93,10 @@ class _Stream:
         self.weights = weights
         self.specs = {
             weight.name: TensorSpec(
-                weight.shape, target_dtype(source.specs[weight.name].dtype, dtype)
+                weight.shape,
+                target_dtype(
+                    source.specs[weight.name].dtype, None if stays_float32(weight.name) else dtype
+                ),
             )
             for weight in weights
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.families import deepseek
 from model.families.decoder import DEFAULTS, Family, token_ids
 from model.families.gemma import GEMMA2, GEMMA3
 from model.families.gpt_oss import GPT_OSS
@@ -37,6 +38,7 @@ __all__ = [
 FAMILIES = {
     family.architecture: family
     for family in (
+        deepseek.DEEPSEEK_V3,
         GEMMA2,
         GEMMA3,
         GPT_OSS,
@@ -88,7 +90,8 @@ def weights(config: ModelConfig) -> list[Weight]:
 def ignorable(name: str, config: ModelConfig) -> bool:
     """Whether a checkpoint may hold tensor `name` though no weight is made of it."""
     tied_head = config.tie_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith(".rotary_emb.inv_freq")
+    inv_freq = name.endswith(".rotary_emb.inv_freq")
+    return tied_head or inv_freq or deepseek.predicts_further_tokens(name, config)
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -36,7 +36,8 @@ class Family:
 def read_decoder(keys: Keys, layers: Sequence[Layer], **features: Any) -> ModelConfig:
     """The model that the common keys describe, with what a family adds or sets otherwise."""
     num_heads = keys.size("num_attention_heads")
-    head_dim = keys.optional_size("head_dim") or _head_dim(keys, num_heads)
+    head_dim = features.get("head_dim") or keys.optional_size("head_dim")
+    head_dim = head_dim or _head_dim(keys, num_heads)
     common: dict[str, Any] = {
         "architecture": keys.architecture,
         "vocab_size": keys.size("vocab_size"),

@@ -27,6 +27,19 @@ DEFAULTS = {
 
 def read_rope(keys: Keys, types: Collection[str] = ROPE_TYPES) -> Rope:
     """The one rotary embedding of a model, which must be of one of `types`."""
+    return parse_rope(keys, *_parameters(keys), types)
+
+
+def query_scale(keys: Keys) -> float:
+    """DeepSeek's factor on attention's scale: what mscale_all_dim asks of queries and of keys."""
+    parameters, where = _parameters(keys)
+    rope = Keys(keys.architecture, parameters, DEFAULTS, f"{where}.")
+    mscale_all = rope.optional_number("mscale_all_dim")
+    return _correction(rope.number("factor"), mscale_all) ** 2 if mscale_all else 1.0
+
+
+def _parameters(keys: Keys) -> tuple[Mapping[str, Any], str]:
+    """What both releases of transformers write, put together, and the key to name in errors."""
     theta = keys.number("rope_theta")
     old = dict(keys.mapping("rope_scaling"))
     new = keys.mapping("rope_parameters")
@@ -38,7 +51,7 @@ def read_rope(keys: Keys, types: Collection[str] = ROPE_TYPES) -> Rope:
             f"rope_parameters.{clash[0]} = {new[clash[0]]!r}; keep rope_parameters alone"
         )
     where = "rope_parameters" if new else "rope_scaling"
-    return parse_rope(keys, {"rope_theta": theta} | old | dict(new), where, types)
+    return {"rope_theta": theta} | old | dict(new), where
 
 
 def parse_rope(
@@ -85,15 +98,15 @@ def _yarn_attention_factor(rope: Keys) -> float:
     factor = rope.number("factor")
     written = rope.optional_number("attention_factor")
     mscale, mscale_all = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
-
-    def correction(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if written is not None:
         return written
     if mscale and mscale_all:
-        return correction(mscale) / correction(mscale_all)
-    return correction(1.0)
+        return _correction(factor, mscale) / _correction(factor, mscale_all)
+    return _correction(factor, 1.0)
+
+
+def _correction(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 SCALINGS = {"default": lambda rope: None, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -1,7 +1,7 @@
 """Rearrangements between a family's tensors and our weights, for the families' tables.
 
-A rearrangement knows only the shape of our weight, copies no more than fusing needs, and changes no
-number: unpacking is the exact inverse of packing. It does not read files.
+A rearrangement copies no more than fusing or reordering needs, and changes no number: unpacking is
+the exact inverse of packing. Most know only the shape of our weight. It does not read files.
 
 Linear layers are stored [out, in], sometimes with their bias, [out]; ours are [in, out].
 """
@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.weights import Pack, Shape, Unpack, Weight, shapes
 
 Arrays = Sequence[np.ndarray]
-Rearrangement = Callable[[Shape], tuple[Pack, Unpack]]
+Rearrangement = Callable[[Shape, ModelConfig], tuple[Pack, Unpack]]
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Source:
 
 def weights_from(config: ModelConfig, sources: Mapping[str, Source]) -> list[Weight]:
     """Every weight of the model, made as `sources` say; they are named without their layer."""
-    return [_weight(name, shape, sources) for name, shape in shapes(config).items()]
+    return [_weight(config, name, shape, sources) for name, shape in shapes(config).items()]
 
 
-def _weight(name: str, shape: Shape, sources: Mapping[str, Source]) -> Weight:
+def _weight(config: ModelConfig, name: str, shape: Shape, sources: Mapping[str, Source]) -> Weight:
     prefix = ""
     kind = name
     if name.startswith("layers."):
@@ -48,15 +48,15 @@ def _weight(name: str, shape: Shape, sources: Mapping[str, Source]) -> Weight:
     source = sources[kind]
     tensors = tuple(prefix + tensor for tensor in source.tensors)
     if not source.by_expert:
-        return Weight(name, shape, (tensors,), *source.rearrangement(shape))
+        return Weight(name, shape, (tensors,), *source.rearrangement(shape, config))
     experts = range(shape[0])
     parts = tuple(tuple(tensor.format(expert=i) for tensor in tensors) for i in experts)
-    return Weight(name, shape, parts, *source.rearrangement(shape[1:]))
+    return Weight(name, shape, parts, *source.rearrangement(shape[1:], config))
 
 
-def rearrangement(bind: Rearrangement) -> Callable[..., Source]:
+def rearrangement(bind: Callable[[Shape], tuple[Pack, Unpack]]) -> Callable[..., Source]:
     """`bind` as a table writes it: a function of tensor names."""
-    return lambda *tensors: Source(tensors, bind)
+    return lambda *tensors: Source(tensors, lambda shape, config: bind(shape))
 
 
 @rearrangement
@@ -82,6 +82,40 @@ def linear(shape: Shape) -> tuple[Pack, Unpack]:
         return [weight.reshape(-1, shape[-1]).T]
 
     return pack, unpack
+
+
+def _heads(shape: Shape) -> tuple[Pack, Unpack]:
+    def pack(tensors: Arrays) -> np.ndarray:
+        return tensors[0].T.reshape(shape)
+
+    def unpack(weight: np.ndarray) -> Arrays:
+        return [weight.reshape(shape[0], -1).T]
+
+    return pack, unpack
+
+
+heads = rearrangement(_heads)
+"""One linear layer; what it gives may have several axes of ours."""
+
+
+def heads_of_rope_pairs(*tensors: str) -> Source:
+    """As `heads`; the channels to be rotated stand in pairs of neighbours, ours half a width apart.
+
+    Queries and keys are reordered alike, which leaves their products as they are.
+    """
+
+    def bind(shape: Shape, config: ModelConfig) -> tuple[Pack, Unpack]:
+        pack, unpack = _heads(shape)
+        fixed = shape[-1] - config.rope_dim
+        pairs = np.arange(fixed, shape[-1]).reshape(-1, 2)
+        order = np.concatenate([np.arange(fixed), pairs[:, 0], pairs[:, 1]])
+        stored = np.argsort(order)
+        return (
+            lambda tensors: pack(tensors)[..., order],
+            lambda weight: unpack(weight[..., stored]),
+        )
+
+    return Source(tensors, bind)
 
 
 def _qkv(shape: Shape) -> tuple[Pack, Unpack]:

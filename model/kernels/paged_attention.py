@@ -4,6 +4,7 @@ It does not know which request a row belongs to; a row is a page table and a pos
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ DECODE_BLOCK = 128
 PREFILL_BLOCK = 128
 """Keys taken per turn of the loop, for rows of one query and of many: smaller blocks cost turns,
 larger ones visit keys that nobody sees."""
+
+SIDE_BY_SIDE_HEADS = 16
+"""Query heads up to which a decode row takes its kv heads side by side: beyond, zeros cost."""
 
 NOTHING_SEEN = -1e30
 """The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
@@ -45,7 +49,7 @@ def write_pages(
 def paged_attention(
     q_RTKGC: Float[Array, "R T K G C"],
     k_PpKC: Float[Array, "P p K C"],
-    v_PpKC: Float[Array, "P p K C"],
+    v_PpKU: Float[Array, "P p K U"],
     tables_RW: Int[Array, "R W"],
     starts_R: Int[Array, "R"],
     lengths_R: Int[Array, "R"],
@@ -54,7 +58,7 @@ def paged_attention(
     window: Int[Array, ""],
     softcap: float | None = None,
     sinks_KG: Float[Array, "K G"] | None = None,
-) -> Float[Array, "R T K G C"]:
+) -> Float[Array, "R T K G U"]:
     """Each row's T queries, at positions `start .. start + T - 1`, over its cached tokens.
 
     A query at position i sees the keys at positions j with i - window < j <= i, itself included:
@@ -62,28 +66,60 @@ def paged_attention(
     softmax is computed in float32, block by block (online). Rows of one query are visited together,
     as far as the longest needs; rows of many one after the other, each as far as it needs itself.
     """
-    attend = partial(
-        _attend, k_PpKC, v_PpKC, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG
-    )
-    rows = (q_RTKGC, tables_RW, starts_R, lengths_R)
+    rules = {"scale": scale, "window": window, "softcap": softcap}
     if q_RTKGC.shape[1] == 1:
-        return attend(*rows, block_tokens=DECODE_BLOCK)
+        heads = q_RTKGC.shape[2] * q_RTKGC.shape[3]
+        attend = _attend_side_by_side if heads <= SIDE_BY_SIDE_HEADS else _attend
+        rows = (q_RTKGC, tables_RW, starts_R, lengths_R)
+        return attend(k_PpKC, v_PpKU, *rows, DECODE_BLOCK, sinks_KG=sinks_KG, **rules)
 
     def attend_one(row: tuple[jax.Array, ...]) -> jax.Array:
-        return attend(*(part[None] for part in row), block_tokens=PREFILL_BLOCK)[0]
+        q, table, start, length = (part[None] for part in row)
+        return _attend(
+            k_PpKC, v_PpKU, q, table, start, length, PREFILL_BLOCK, sinks_KG=sinks_KG, **rules
+        )[0]
 
-    return lax.map(attend_one, rows)
+    return lax.map(attend_one, (q_RTKGC, tables_RW, starts_R, lengths_R))
+
+
+def _attend_side_by_side(
+    k_PpKC: jax.Array,
+    v_PpKU: jax.Array,
+    q_RTKGC: jax.Array,
+    *rows_and_block: Any,
+    sinks_KG: jax.Array | None,
+    **rules: Any,
+) -> jax.Array:
+    """`_attend` with the kv heads laid side by side as one of K x C channels.
+
+    Each query is zero outside its own head's channels, and keeps only those of the answer. A few
+    queries then meet a token's keys in one piece, as they lie in the page, and a product of K x G
+    columns costs a CPU no more than K products of G.
+    """
+    P, page_size, K, C = k_PpKC.shape
+    R, T, _, G, _ = q_RTKGC.shape
+    own = jnp.eye(K, dtype=q_RTKGC.dtype)[:, None, :, None]
+    q_RTYD = (q_RTKGC[:, :, :, :, None] * own).reshape(R, T, 1, K * G, K * C)
+    out_RTYD = _attend(
+        k_PpKC.reshape(P, page_size, 1, -1),
+        v_PpKU.reshape(P, page_size, 1, -1),
+        q_RTYD,
+        *rows_and_block,
+        sinks_KG=None if sinks_KG is None else sinks_KG.reshape(1, K * G),
+        **rules,
+    )
+    return jnp.einsum("rtkgku->rtkgu", out_RTYD.reshape(R, T, K, G, K, -1))
 
 
 def _attend(
     k_PpKC: jax.Array,
-    v_PpKC: jax.Array,
+    v_PpKU: jax.Array,
     q_RTKGC: jax.Array,
     tables_RW: jax.Array,
     starts_R: jax.Array,
     lengths_R: jax.Array,
-    *,
     block_tokens: int,
+    *,
     scale: float,
     window: jax.Array,
     softcap: float | None,
@@ -105,11 +141,11 @@ def _attend(
     def visit(
         i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        peak_RKX, total_RKX, sum_RKXC = carry
+        peak_RKX, total_RKX, sum_RKXU = carry
         table = lax.dynamic_slice_in_dim(tables_RW, i * block_pages, block_pages, axis=1)
         key_S = i * block + lax.iota(jnp.int32, block)
-        k_RKSC, v_RKSC = (
-            _gather(cached, table).astype(q_RKXC.dtype) for cached in (k_PpKC, v_PpKC)
+        k_RKSC, v_RKSU = (
+            _gather(cached, table).astype(q_RKXC.dtype) for cached in (k_PpKC, v_PpKU)
         )
         scores = scale * dot("rkxc,rksc->rkxs", q_RKXC, k_RKSC)
         if softcap is not None:
@@ -119,11 +155,11 @@ def _attend(
         new_peak_RKX = jnp.maximum(peak_RKX, scores.max(-1))
         weights = jnp.exp(scores - new_peak_RKX[..., None])
         decay_RKX = jnp.exp(peak_RKX - new_peak_RKX)
-        seen_RKXC = dot("rkxs,rksc->rkxc", weights.astype(q_RKXC.dtype), v_RKSC)
+        seen_RKXU = dot("rkxs,rksu->rkxu", weights.astype(q_RKXC.dtype), v_RKSU)
         return (
             new_peak_RKX,
             total_RKX * decay_RKX + weights.sum(-1),
-            sum_RKXC * decay_RKX[..., None] + seen_RKXC,
+            sum_RKXU * decay_RKX[..., None] + seen_RKXU,
         )
 
     if sinks_KG is None:
@@ -131,17 +167,17 @@ def _attend(
     else:
         sinks_KX = jnp.repeat(sinks_KG.astype(jnp.float32), T, axis=1)
         peak_RKX, total_RKX = jnp.broadcast_to(sinks_KX, (R, K, X)), jnp.ones((R, K, X))
-    carry = (peak_RKX, total_RKX, jnp.zeros((R, K, X, v_PpKC.shape[-1])))
+    carry = (peak_RKX, total_RKX, jnp.zeros((R, K, X, v_PpKU.shape[-1])))
     if num_blocks == 1:
         carry = visit(0, carry)
     else:
         first = jnp.maximum(jnp.min(starts_R) - window + 1, 0) // block
         last = jnp.clip(-(-jnp.max(starts_R + lengths_R) // block), 1, num_blocks)
         carry = lax.fori_loop(first, last, visit, carry)
-    _, total_RKX, sum_RKXC = carry
-    out_RKXC = sum_RKXC / jnp.maximum(total_RKX, 1e-30)[..., None]
-    out_RKGTC = out_RKXC.reshape(R, K, G, T, -1).astype(q_RTKGC.dtype)
-    return out_RKGTC.transpose(0, 3, 1, 2, 4)
+    _, total_RKX, sum_RKXU = carry
+    out_RKXU = sum_RKXU / jnp.maximum(total_RKX, 1e-30)[..., None]
+    out_RKGTU = out_RKXU.reshape(R, K, G, T, -1).astype(q_RTKGC.dtype)
+    return out_RKGTU.transpose(0, 3, 1, 2, 4)
 
 
 def _gather(pages_PpKC: jax.Array, table_RW: jax.Array) -> jax.Array:

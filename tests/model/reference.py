@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401, makes NumPy know bfloat16
 import numpy as np
 from safetensors.numpy import load_file
 
-from model.config import ClampedSwiglu, Experts, Layer, ModelConfig
+from model.config import ClampedSwiglu, Experts, Latent, Layer, ModelConfig
 from model.families import read_model_config
 from model.families import weights as family_weights
 from model.rope import inverse_frequencies
@@ -35,6 +35,7 @@ FAMILY_NAMES = (
     "phi3",
     "olmo2",
     "gpt_oss",
+    "deepseek_v3",
 )
 """The tiny checkpoints that this reference, and the decoder, can compute."""
 
@@ -99,22 +100,11 @@ def decoder_layer(config: ModelConfig, layer: Layer, w: Weights, x_TD: np.ndarra
 
 
 def attention(config: ModelConfig, layer: Layer, w: Weights, x_TD: np.ndarray) -> np.ndarray:
-    T, G = len(x_TD), config.group_size
-    qkv_TKNC = np.einsum("td,dknc->tknc", x_TD, w["attention.qkv"])
-    if config.qkv_bias:
-        qkv_TKNC = qkv_TKNC + w["attention.qkv_bias"]
-    q_TKGC, k_TKC, v_TKC = qkv_TKNC[:, :, :G], qkv_TKNC[:, :, G], qkv_TKNC[:, :, G + 1]
-
-    if config.qk_norm == "head":
-        q_TKGC = norm(config, q_TKGC, w["attention.q_norm"])
-        k_TKC = norm(config, k_TKC, w["attention.k_norm"])
-    if config.qk_norm == "all":
-        q_norm, k_norm = w["attention.q_norm_all"], w["attention.k_norm_all"]
-        q_TKGC = norm(config, q_TKGC.reshape(T, -1), q_norm.reshape(-1)).reshape(q_TKGC.shape)
-        k_TKC = norm(config, k_TKC.reshape(T, -1), k_norm.reshape(-1)).reshape(k_TKC.shape)
-
-    q_TKGC = rotate(config, layer, q_TKGC)
-    k_TKC = rotate(config, layer, k_TKC)
+    T = len(x_TD)
+    if config.latent:
+        q_TKGC, k_TKC, v_TKU = latent_heads(config, config.latent, layer, w, x_TD)
+    else:
+        q_TKGC, k_TKC, v_TKU = plain_heads(config, layer, w, x_TD)
 
     scores_KGTS = np.einsum("tkgc,skc->kgts", q_TKGC, k_TKC) * config.attention_scale
     scores_KGTS = softcap(scores_KGTS, config.attention_softcap)
@@ -130,14 +120,63 @@ def attention(config: ModelConfig, layer: Layer, w: Weights, x_TD: np.ndarray) -
         scores_KGTS = np.concatenate([scores_KGTS, sinks_KGT1], axis=-1)
     probabilities_KGTS = softmax(scores_KGTS)[..., :T]
 
-    y_TKGC = np.einsum("kgts,skc->tkgc", probabilities_KGTS, v_TKC)
-    y_TD = np.einsum("tkgc,kgcd->td", y_TKGC, w["attention.out"])
+    y_TKGU = np.einsum("kgts,sku->tkgu", probabilities_KGTS, v_TKU)
+    y_TD = np.einsum("tkgu,kgud->td", y_TKGU, w["attention.out"])
     return y_TD + w["attention.out_bias"] if config.out_bias else y_TD
+
+
+def plain_heads(
+    config: ModelConfig, layer: Layer, w: Weights, x_TD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries and keys, rotated, and values."""
+    T, G = len(x_TD), config.group_size
+    qkv_TKNC = np.einsum("td,dknc->tknc", x_TD, w["attention.qkv"])
+    if config.qkv_bias:
+        qkv_TKNC = qkv_TKNC + w["attention.qkv_bias"]
+    q_TKGC, k_TKC, v_TKC = qkv_TKNC[:, :, :G], qkv_TKNC[:, :, G], qkv_TKNC[:, :, G + 1]
+
+    if config.qk_norm == "head":
+        q_TKGC = norm(config, q_TKGC, w["attention.q_norm"])
+        k_TKC = norm(config, k_TKC, w["attention.k_norm"])
+    if config.qk_norm == "all":
+        q_norm, k_norm = w["attention.q_norm_all"], w["attention.k_norm_all"]
+        q_TKGC = norm(config, q_TKGC.reshape(T, -1), q_norm.reshape(-1)).reshape(q_TKGC.shape)
+        k_TKC = norm(config, k_TKC.reshape(T, -1), k_norm.reshape(-1)).reshape(k_TKC.shape)
+
+    return rotate(config, layer, q_TKGC), rotate(config, layer, k_TKC), v_TKC
+
+
+def latent_heads(
+    config: ModelConfig, latent: Latent, layer: Layer, w: Weights, x_TD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries and keys, the last channels rotated, and values: a kv head for each query head."""
+
+    def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + latent.norm_eps) * weight
+
+    if latent.q_rank is None:
+        q_TKC = np.einsum("td,dkc->tkc", x_TD, w["attention.q"])
+    else:
+        q_latent_TL = normed(x_TD @ w["attention.q_down"], w["attention.q_latent_norm"])
+        q_TKC = np.einsum("tl,lkc->tkc", q_latent_TL, w["attention.q_up"])
+    q_own_TKC, q_turning_TKC = np.split(q_TKC, [latent.nope_dim], axis=-1)
+    q_TKC = np.concatenate([q_own_TKC, rotate(config, layer, q_turning_TKC)], axis=-1)
+
+    kv_latent_TL, k_turning_TC = np.split(x_TD @ w["attention.kv_down"], [latent.kv_rank], axis=-1)
+    kv_latent_TL = normed(kv_latent_TL, w["attention.kv_latent_norm"])
+    kv_TKC = np.einsum("tl,lkc->tkc", kv_latent_TL, w["attention.kv_up"])
+    k_own_TKC, v_TKU = np.split(kv_TKC, [latent.nope_dim], axis=-1)
+    k_turned_TC = rotate(config, layer, k_turning_TC)
+    k_TKC = np.stack(
+        [np.concatenate([k_own_TKC[:, k], k_turned_TC], axis=-1) for k in range(config.num_heads)],
+        axis=1,
+    )
+    return q_TKC[:, :, None], k_TKC, v_TKU
 
 
 def rotate(config: ModelConfig, layer: Layer, x: np.ndarray) -> np.ndarray:
     """x [T, ..., C] with each pair of channels (i, i + C/2) turned by its position's angle."""
-    inv_freq, factor = inverse_frequencies(layer.rope, config.head_dim)
+    inv_freq, factor = inverse_frequencies(layer.rope, config.rope_dim)
     angles = np.arange(len(x))[:, None] * inv_freq.astype(np.float64)
     turns = factor * np.exp(1j * angles).reshape(len(x), *[1] * (x.ndim - 2), -1)
     real, imaginary = np.split(x, 2, axis=-1)
@@ -158,9 +197,13 @@ def mixture(config: ModelConfig, w: Weights, x_TD: np.ndarray) -> np.ndarray:
     experts = config.experts
     assert experts is not None
     y_TD = np.zeros_like(x_TD)
+    if experts.shared_size:
+        hidden_T2F = np.einsum("td,dnf->tnf", x_TD, w["moe.shared_gate_up"])
+        y_TD = activate(config, hidden_T2F) @ w["moe.shared_down"]
+    selection_bias_E = w["moe.selection_bias"] if experts.selection_bias else 0
     for t, x_D in enumerate(x_TD):
         scores_E = x_D @ w["moe.router"] + (w["moe.router_bias"] if experts.bias else 0)
-        for e, share in route(experts, scores_E).items():
+        for e, share in route(experts, scores_E, selection_bias_E).items():
             hidden_2F = np.einsum("d,dnf->nf", x_D, w["moe.gate_up"][e])
             if experts.bias:
                 hidden_2F = hidden_2F + w["moe.gate_up_bias"][e]
@@ -171,12 +214,18 @@ def mixture(config: ModelConfig, w: Weights, x_TD: np.ndarray) -> np.ndarray:
     return y_TD
 
 
-def route(experts: Experts, scores_E: np.ndarray) -> dict[int, float]:
+def route(
+    experts: Experts, scores_E: np.ndarray, selection_bias_E: np.ndarray | int = 0
+) -> dict[int, float]:
     """The chosen experts and their shares."""
-    shares_E = softmax(scores_E)
-    chosen = np.argsort(-shares_E, kind="stable")[: experts.top_k]
+    shares_E = sigmoid(scores_E) if experts.scoring == "sigmoid" else softmax(scores_E)
+    rank_E = shares_E + selection_bias_E
+    groups = np.split(np.arange(len(rank_E)), experts.num_groups)
+    best_groups = sorted(groups, key=lambda group: -np.sort(rank_E[group])[-2:].sum())
+    open_ = np.sort(np.concatenate(best_groups[: experts.top_groups]))
+    chosen = open_[np.argsort(-rank_E[open_], kind="stable")][: experts.top_k]
     total = shares_E[chosen].sum() if experts.normalize else 1.0
-    return {int(e): float(shares_E[e] / total) for e in chosen}
+    return {int(e): float(experts.scale * shares_E[e] / total) for e in chosen}
 
 
 def activate(config: ModelConfig, hidden: np.ndarray) -> np.ndarray:

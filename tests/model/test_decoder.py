@@ -1,5 +1,6 @@
 """The JAX decoder by itself, over fresh pages, against transformers and the reference."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ from model.partition import Partition, abstract_weights, load_weights
 from sharding.mesh import MeshShape, make_meshes
 from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_expected, load_family, logits
-from tests.serve.harness import ArraySource
+from tests.serve.harness import LATENT, ArraySource, random_prompts, random_weights
 
 # Float32 moves these logits by up to 2.4e-4 in transformers, and by as much here (Gemma 3; most by
 # half of it). The reference computes in float64, so there ours is the only rounding.
@@ -24,8 +25,8 @@ REFERENCE_TOLERANCE = 3e-4
 PAGE_SIZE = 16
 LONGEST = 130
 
-# With a window, alternating windows and two ropes, sinks, norms over all heads, experts.
-CHUNKED_FAMILIES = ("mistral", "gemma3_text", "gpt_oss", "olmo2", "qwen3_moe")
+# With a window, alternating windows and two ropes, sinks, norms over all heads, experts, latents.
+CHUNKED_FAMILIES = ("mistral", "gemma3_text", "gpt_oss", "olmo2", "qwen3_moe", "deepseek_v3")
 
 
 def all_logits(config, arrays, prompts, chunk):
@@ -48,8 +49,9 @@ def all_logits(config, arrays, prompts, chunk):
 
     R, W = len(prompts), -(-LONGEST // PAGE_SIZE)
     tables_RW = 1 + np.arange(R * W).reshape(R, W)
-    shape = (1 + R * W, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    pages = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in config.layers]
+    shape = (1 + R * W, PAGE_SIZE, config.num_kv_heads)
+    keys, values = jnp.zeros((*shape, config.head_dim)), jnp.zeros((*shape, config.value_dim))
+    pages = [(keys, values) for _ in config.layers]
     found = [np.zeros((0, config.vocab_size), np.float32) for _ in prompts]
     for start in range(0, LONGEST, chunk):
         parts = [prompt[start : start + chunk] for prompt in prompts]
@@ -95,5 +97,14 @@ def test_logits_over_a_cached_prefix_are_those_of_the_whole_prompt(family):
     prompts, _, _ = load_expected(family)
     found = all_logits(config, arrays, prompts, chunk=45)
     for prompt, ours in zip(prompts, found, strict=True):
+        exact = logits(config, arrays, prompt)
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=REFERENCE_TOLERANCE)
+
+
+def test_queries_of_latent_attention_may_come_straight_from_x():
+    assert LATENT.latent
+    config = replace(LATENT, latent=replace(LATENT.latent, q_rank=None))
+    arrays, prompts = random_weights(config), random_prompts(config, (40, 3))
+    for prompt, ours in zip(prompts, all_logits(config, arrays, prompts, LONGEST), strict=True):
         exact = logits(config, arrays, prompt)
         np.testing.assert_allclose(ours, exact, rtol=0, atol=REFERENCE_TOLERANCE)

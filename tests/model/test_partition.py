@@ -17,9 +17,9 @@ from model.rope import inverse_frequencies
 from sharding.mesh import MeshError, MeshShape, make_meshes, parse_mesh
 from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_family
-from tests.serve.harness import DENSE, MOE, ArraySource, random_weights
+from tests.serve.harness import DENSE, LATENT, MOE, ArraySource, random_weights
 
-MODELS = {"dense": DENSE, "experts": MOE}
+MODELS = {"dense": DENSE, "experts": MOE, "latent": LATENT}
 MESHES = ["", "tensor=2", "tensor=8", "stage=2", "stage=4", "stage=2,tensor=4"]
 CONSTANTS = ("inv_freq", "rope_factor", "window")
 
@@ -62,11 +62,12 @@ def joined(config, shape, leaf, array):
             return array.reshape(K, G, *array.shape[2:])
         case "attention.k_norm_all":
             return array[::n]
-    if not leaf.startswith("moe.") or "router" in leaf:
+    width_axes = {"gate_up": 3, "gate_up_bias": 2, "down": 1, "down_bias": None}
+    if not leaf.startswith("moe.") or leaf.removeprefix("moe.") not in width_axes:
         return array
     E = config.experts.num_experts
     n = max(1, shape.tensor // E)
-    width_axis = {"gate_up": 3, "gate_up_bias": 2, "down": 1}.get(leaf.removeprefix("moe."))
+    width_axis = width_axes[leaf.removeprefix("moe.")]
     experts = [np.split(array, E * n)[e * n : (e + 1) * n] for e in range(E)]
     if width_axis is None:  # down_bias: pieces are added up
         return np.concatenate([sum(pieces) for pieces in experts])
@@ -138,6 +139,14 @@ def test_weights_are_rounded_to_the_dtype_asked_for(dtype):
     assert found["layers.0.attention.inv_freq"].dtype == jnp.float32
 
 
+def test_bias_that_chooses_experts_is_never_rounded():
+    arrays = random_weights(LATENT)
+    found = np.asarray(
+        loaded(LATENT, arrays, MeshShape(), "bfloat16")["layers.0.moe.selection_bias"]
+    )
+    np.testing.assert_array_equal(found[0], arrays["layers.0.moe.selection_bias"])
+
+
 def test_bfloat16_weights_are_served_as_float32_unchanged():
     arrays = {k: v.astype(ml_dtypes.bfloat16) for k, v in random_weights(DENSE).items()}
     found = loaded(DENSE, arrays, MeshShape())
@@ -176,6 +185,11 @@ MISFITS = {
         replace(MOE, experts=Experts(4, 2, 15, normalize=True)),
         1,
         8,
+    ),
+    "shared experts' width 24 does not divide over tensor=16": (
+        replace(LATENT, num_heads=16, num_kv_heads=16),
+        1,
+        16,
     ),
     "5 layers are fewer than stage=8": (DENSE, 8, 1),
     "layers 0, 3, ... share a program but some are dense": (MIXED, 2, 1),

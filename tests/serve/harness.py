@@ -14,7 +14,7 @@ import numpy as np
 from cache.pages import PagePool
 from cache.tables import PageTables
 from model import weights
-from model.config import Experts, Layer, ModelConfig, Rope
+from model.config import Experts, Latent, Layer, ModelConfig, Rope
 from model.partition import Partition, load_weights
 from serve.engine import Engine, ModelInfo
 from serve.programs import CacheShape, Programs
@@ -61,6 +61,27 @@ MOE = replace(
     sinks=True,
     out_bias=True,
     experts=Experts(num_experts=4, top_k=2, size=16, normalize=True, bias=True),
+)
+LATENT = replace(
+    MOE,
+    architecture="TinyLatent",
+    num_kv_heads=8,
+    head_dim=12,
+    attention_scale=12**-0.5,
+    qk_norm="none",
+    latent=Latent(q_rank=16, kv_rank=24, nope_dim=8, rope_dim=4, value_dim=6, norm_eps=1e-6),
+    experts=Experts(
+        num_experts=4,
+        top_k=2,
+        size=16,
+        normalize=True,
+        scoring="sigmoid",
+        selection_bias=True,
+        num_groups=2,
+        top_groups=1,
+        scale=1.5,
+        shared_size=24,
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sharding.mesh import parse_mesh
 from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_expected, load_family
 from tests.serve.harness import LIMITS, compile_few, generate, greedy, make_parts
@@ -14,11 +15,13 @@ SIX_AT_ONCE = replace(LIMITS, max_batch=8, max_steps=1, max_context=192)
 
 
 @needs_assets
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_greedy_tokens_are_those_of_transformers(family):
+@pytest.mark.parametrize(
+    ("family", "mesh"), [*((name, "") for name in FAMILY_NAMES), ("deepseek_v3", "tensor=2")]
+)
+def test_greedy_tokens_are_those_of_transformers(family, mesh):
     config, arrays = load_family(family)
     prompts, expected, _ = load_expected(family)
-    parts = make_parts(config, arrays, limits=SIX_AT_ONCE, num_pages=80)
+    parts = make_parts(config, arrays, parse_mesh(mesh), limits=SIX_AT_ONCE, num_pages=80)
     compile_few(parts.runner)
     requests = [greedy(str(i), prompt, 48) for i, prompt in enumerate(prompts)]
     answers = generate(parts.engine(), requests)

@@ -10,6 +10,7 @@ from serve.replicas import Replicas
 from sharding.mesh import MeshShape, parse_mesh
 from tests.serve.harness import (
     DENSE,
+    LATENT,
     LIMITS,
     MOE,
     Answer,
@@ -22,7 +23,7 @@ from tests.serve.harness import (
     random_weights,
 )
 
-MODELS = {"dense": DENSE, "experts": MOE}
+MODELS = {"dense": DENSE, "experts": MOE, "latent": LATENT}
 NUM_TOKENS = 14
 TIMEOUT_S = 60
 
@@ -62,19 +63,24 @@ def test_one_device_writes_the_references_tokens(model):
         assert_greedy(MODELS[model], weights(model), request.prompt_ids, tokens[request.request_id])
 
 
+MESHES = (
+    "tensor=2",
+    "tensor=4",
+    "tensor=8",
+    "stage=2",
+    "stage=4",
+    "stage=2,tensor=2",
+    "stage=2,tensor=4",
+)
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("model", "mesh"),
     [
-        "tensor=2",
-        "tensor=4",
-        "tensor=8",
-        "stage=2",
-        "stage=4",
-        "stage=2,tensor=2",
-        "stage=2,tensor=4",
+        *((model, mesh) for model in ("dense", "experts") for mesh in MESHES),
+        *(("latent", mesh) for mesh in ("tensor=8", "stage=2,tensor=2")),
     ],
 )
-@pytest.mark.parametrize("model", MODELS)
 def test_mesh_writes_the_tokens_of_one_device(model, mesh):
     answers = served(model, parse_mesh(mesh))
     tokens = {id_: answer.token_ids for id_, answer in answers.items()}

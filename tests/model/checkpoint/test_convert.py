@@ -142,6 +142,16 @@ def test_a_dtype_changes_the_weights_and_what_config_says(llama, tmp_path, to):
     assert config == LLAMA | {"torch_dtype": "bfloat16"}
 
 
+@needs_assets
+def test_a_bias_that_chooses_experts_keeps_its_dtype(tmp_path):
+    source = ASSETS / "families" / "deepseek_v3"
+    convert(source, tmp_path / "new", dtype="bfloat16")
+    specs = open_checkpoint(tmp_path / "new").specs
+    kept = {name for name, spec in specs.items() if spec.dtype.name != "bfloat16"}
+    assert kept == {f"layers.{i}.moe.selection_bias" for i in (1, 2)}
+    assert specs["layers.1.moe.selection_bias"].dtype == np.float32
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

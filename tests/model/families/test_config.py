@@ -8,6 +8,7 @@ import pytest
 from model.config import (
     ClampedSwiglu,
     Experts,
+    Latent,
     Layer,
     LinearScaling,
     ModelConfig,
@@ -58,7 +59,7 @@ def test_every_architecture_is_tried_with_a_config_of_the_hub():
     [
         (hub.PHI_3_5_MINI, {}, "rope_scaling.type = 'longrope'; supported: default"),
         (hub.GPT_OSS_20B, {}, "quantization_config.*mxfp4.*unquantised"),
-        (hub.LLAMA_3_1_8B, {"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3.*supported: "),
+        (hub.LLAMA_3_1_8B, {"architectures": ["DeepseekV2ForCausalLM"]}, "DeepseekV2.*supported: "),
         (hub.LLAMA_3_1_8B, {"architectures": WITHOUT, "model_type": "bert"}, "model_type 'bert'"),
         (hub.LLAMA_3_1_8B, {"model_type": "mistral"}, "model_type = 'mistral'; supported: 'llama'"),
         (hub.LLAMA_3_1_8B, {"hidden_size": WITHOUT}, "has no hidden_size"),
@@ -104,6 +105,20 @@ def test_every_architecture_is_tried_with_a_config_of_the_hub():
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
             "an object with full_attention and sliding_attention",
         ),
+        (hub.DEEPSEEK_V3, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (hub.DEEPSEEK_V3, {"attention_bias": True}, "attention_bias = True; supported: False"),
+        (hub.DEEPSEEK_V3, {"rope_interleave": False}, "rope_interleave = False; supported: true"),
+        (hub.DEEPSEEK_V3, {"scoring_func": "softmax"}, "'softmax'; supported: sigmoid"),
+        (hub.DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method = 'greedy'; supported: noaux_tc"),
+        (hub.DEEPSEEK_V3, {"moe_layer_freq": 2}, "moe_layer_freq = 2; supported: 1"),
+        (hub.DEEPSEEK_V3, {"head_dim": 128}, "head_dim = 128; supported: 64, which the other"),
+        (hub.DEEPSEEK_V3, {"qk_head_dim": 128}, "qk_head_dim = 128; supported: 192, which"),
+        (hub.DEEPSEEK_V3, {"num_key_value_heads": 8}, "num_kv_heads is 8; latent attention has"),
+        (hub.DEEPSEEK_V3, {"qk_rope_head_dim": 63}, "rope_dim is 63; rotary embedding needs"),
+        (hub.DEEPSEEK_V3, {"n_group": 7}, "256 experts stand in 7 groups"),
+        (hub.DEEPSEEK_V3, {"n_group": 256}, "in 256 groups; groups must be equal, of two"),
+        (hub.DEEPSEEK_V3, {"topk_group": 9}, "8 experts of 9 of 8 groups of 32"),
+        (hub.DEEPSEEK_V3, {"n_group": 64, "topk_group": 1}, "8 experts of 1 of 64 groups of 4"),
     ],
 )
 def test_config_that_is_not_computed_is_refused_by_name(config, changes, named):
@@ -121,6 +136,7 @@ def test_config_that_is_not_computed_is_refused_by_name(config, changes, named):
         ({"layers": (Layer(Rope(1e4), window=0),)}, "layer 0 has window 0"),
         ({"layers": (Layer(Rope(1e4), experts=True),)}, "layer 0 has experts, but"),
         ({"experts": Experts(4, 5, 8, normalize=True)}, "chooses 5 of 4 experts"),
+        ({"latent": Latent(None, 64, 16, 16, 24, 1e-6)}, "head_dim is 128; latent attention's is"),
     ],
 )
 def test_model_that_contradicts_itself_is_refused(changes, named):
@@ -206,6 +222,26 @@ def test_yarn_is_read_for_any_family(changes, attention_factor):
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768} | changes
     rope = read_config(hub.QWEN2_5_7B | {"rope_scaling": scaling}).layers[0].rope
     assert rope.scaling == YarnScaling(4.0, 32.0, 1.0, 32768, attention_factor)
+
+
+def test_deepseek_has_experts_after_its_first_layers_and_shared_ones_as_one_block():
+    model = read_config(hub.MOONLIGHT_16B_A3B)
+    assert [layer.experts for layer in model.layers] == [False] + [True] * 26
+    assert model.experts
+    assert model.latent
+    assert (model.experts.num_groups, model.experts.shared_size) == (1, 2 * 1408)
+    assert (model.head_dim, model.rope_dim, model.value_dim) == (192, 64, 128)
+    assert model.latent.q_rank is None
+    assert (model.norm_eps, model.latent.norm_eps) == (1e-5, 1e-6)
+
+
+def test_deepseek_scales_attention_by_what_yarn_asks_of_queries_and_keys():
+    plain, stretched = read_config(hub.MOONLIGHT_16B_A3B), read_config(hub.DEEPSEEK_V3)
+    assert plain.attention_scale == pytest.approx(192**-0.5)
+    assert stretched.attention_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    scaling = stretched.layers[0].rope.scaling
+    assert isinstance(scaling, YarnScaling)
+    assert scaling.attention_factor == 1.0
 
 
 def test_end_ids_come_from_generation_config_where_it_has_any(tmp_path):

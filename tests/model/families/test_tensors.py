@@ -19,6 +19,19 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 10,
 }
+SMALL_LATENT = {
+    "first_k_dense_replace": 1,
+    "head_dim": 4,
+    "kv_lora_rank": 7,
+    "n_group": 2,
+    "n_routed_experts": 4,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 5,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 4,
+    "topk_group": 1,
+    "v_head_dim": 2,
+}
 FEW_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 SMALL_CONFIGS = {
@@ -38,8 +51,18 @@ SMALL_CONFIGS = {
     | SMALL
     | {"layer_types": None, "num_experts_per_tok": 2, "experts_per_token": 2}
     | {"num_local_experts": 3},
+    "deepseek_v3": hub.DEEPSEEK_V3 | SMALL | FEW_EXPERTS | SMALL_LATENT,
+    "deepseek_v3 without q_lora_rank": hub.MOONLIGHT_16B_A3B
+    | SMALL
+    | FEW_EXPERTS
+    | SMALL_LATENT
+    | {"q_lora_rank": None},
 }
 del SMALL_CONFIGS["mixtral"]["moe_intermediate_size"]
+
+
+ROTATED = ("attention.q", "attention.q_up", "attention.kv_down")
+"""Weights whose rotated channels DeepSeek has in another order."""
 
 
 def slices(weight: Weight, array: np.ndarray) -> list[np.ndarray]:
@@ -77,12 +100,12 @@ def test_weights_hold_every_tensor_of_a_checkpoint_once_and_give_it_back(name):
 
 
 @pytest.mark.parametrize("name", SMALL_CONFIGS)
-def test_packing_copies_only_what_it_fuses(name):
+def test_packing_copies_only_what_it_fuses_or_reorders(name):
     for weight in weights(read_config(SMALL_CONFIGS[name])):
         part = slices(weight, np.zeros(weight.shape, np.float32))[0]
         tensors = [np.ascontiguousarray(tensor) for tensor in weight.unpack(part)]
         fuses = len(tensors) > 1 or weight.name.endswith("attention.qkv")
-        if not fuses:
+        if not fuses and not weight.name.endswith(ROTATED):
             assert np.shares_memory(weight.pack(tensors), tensors[0]), weight.name
 
 
@@ -98,8 +121,20 @@ def test_query_heads_stand_with_the_kv_head_they_share():
     np.testing.assert_array_equal(packed[:, 1, G], k[C : 2 * C].T)
 
 
+def test_neighbours_that_rotate_as_a_pair_come_to_stand_half_a_width_apart():
+    model = read_config(SMALL_CONFIGS["deepseek_v3"])
+    kv_down = next(weight for weight in weights(model) if weight.name.endswith(".kv_down"))
+    tensor = np.arange(11)[:, None] * np.ones((1, 24), int)
+    packed = kv_down.pack([tensor])[0]
+    assert packed.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 8, 10]
+
+
 def test_only_leftovers_of_other_programs_may_be_ignored():
     tied, untied = (read_config(config) for config in (hub.LLAMA_3_2_1B, hub.LLAMA_3_1_8B))
+    deepseek = read_config(hub.DEEPSEEK_V3)
+    assert ignorable("model.layers.61.eh_proj.weight", deepseek)
+    assert not ignorable("model.layers.60.mlp.gate.bias", deepseek)
+    assert not ignorable("model.layers.61.mlp.down_proj.weight", untied)
     assert ignorable("model.layers.0.self_attn.rotary_emb.inv_freq", untied)
     assert ignorable("lm_head.weight", tied)
     assert not ignorable("lm_head.weight", untied)

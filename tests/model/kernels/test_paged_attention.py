@@ -46,7 +46,8 @@ class Case:
             softcap=self.softcap,
             sinks_KG=None if self.sinks_KG is None else jnp.asarray(self.sinks_KG, dtype),
         )
-        assert (out.shape, out.dtype) == (self.q_RTKGC.shape, dtype)
+        assert out.shape == (*self.q_RTKGC.shape[:-1], self.v_PpKC.shape[-1])
+        assert out.dtype == dtype
         return np.asarray(out, np.float64)
 
     def expected(self, row: int, t: int) -> np.ndarray:
@@ -151,6 +152,12 @@ def test_table_of_one_block_is_as_dense_attention():
 def test_table_that_blocks_do_not_divide_is_as_dense_attention():
     some = case([0, 9, 300, 799, 0, 780], [1, 1, 1, 1, 0, 1], 1)
     replace(some, tables_RW=some.tables_RW[:, :50]).check()
+
+
+@pytest.mark.parametrize("num_new", [1, 5])
+def test_values_may_be_narrower_than_keys(num_new):
+    some = case([0, 300, 17], [num_new] * 3, num_new)
+    replace(some, v_PpKC=some.v_PpKC[..., :5]).check()
 
 
 def test_rows_share_pages():

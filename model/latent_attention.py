@@ -1,0 +1,61 @@
+"""Multi-head latent attention: queries, keys and values brought up from a token's few numbers.
+
+The simple form: keys and values are brought up before they are cached, for each head. It does not
+know how they are attended over (`model/attention.py`).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from model.attention import Angles, PagedAttention
+from model.config import Latent, ModelConfig
+from model.linear import matmul, rms_norm
+from model.rope import apply_rope
+
+
+class LatentAttention(PagedAttention):
+    """Every device makes the latents of all heads, and of them its own heads' q, k and v."""
+
+    def __init__(self, config: ModelConfig, latent: Latent, dtype: jnp.dtype) -> None:
+        super().__init__(config, dtype)
+        D, K, C = config.hidden_size, config.num_kv_heads, config.head_dim
+        self.latent = latent
+        if latent.q_rank is None:
+            self.q = nnx.Param(jnp.zeros((D, K, C), dtype))
+        else:
+            self.q_down = nnx.Param(jnp.zeros((D, latent.q_rank), dtype))
+            self.q_latent_norm = nnx.Param(jnp.zeros((latent.q_rank,), dtype))
+            self.q_up = nnx.Param(jnp.zeros((latent.q_rank, K, C), dtype))
+        self.kv_down = nnx.Param(jnp.zeros((D, latent.kv_rank + latent.rope_dim), dtype))
+        self.kv_latent_norm = nnx.Param(jnp.zeros((latent.kv_rank,), dtype))
+        heads = (latent.kv_rank, K, latent.nope_dim + latent.value_dim)
+        self.kv_up = nnx.Param(jnp.zeros(heads, dtype))
+
+    def project(
+        self, x_ND: Float[Array, "N D"], angles: Angles
+    ) -> tuple[Float[Array, "N K 1 C"], Float[Array, "N K C"], Float[Array, "N K U"]]:
+        latent = self.latent
+        q_NKC, turning_q_NKC = jnp.split(self._queries(x_ND), [latent.nope_dim], axis=-1)
+        q_NKC = jnp.concatenate([q_NKC, apply_rope(turning_q_NKC, *angles)], axis=-1)
+
+        down = matmul(x_ND, self.kv_down[...])
+        kv, turning_k = jnp.split(down, [latent.kv_rank], axis=-1)
+        kv = _up(rms_norm(kv, self.kv_latent_norm[...], latent.norm_eps), self.kv_up[...])
+        k_NKC, v_NKU = jnp.split(kv, [latent.nope_dim], axis=-1)
+        turned_k_N1C = apply_rope(turning_k[:, None], *angles)
+        shared = jnp.broadcast_to(turned_k_N1C, (*k_NKC.shape[:2], latent.rope_dim))
+        return q_NKC[:, :, None], jnp.concatenate([k_NKC, shared], axis=-1), v_NKU
+
+    def _queries(self, x_ND: jax.Array) -> jax.Array:
+        """[N, K, C], not rotated."""
+        if self.latent.q_rank is None:
+            return _up(x_ND, self.q[...])
+        down = matmul(x_ND, self.q_down[...])
+        return _up(rms_norm(down, self.q_latent_norm[...], self.latent.norm_eps), self.q_up[...])
+
+
+def _up(x: Float[Array, "N L"], weight: Float[Array, "L K C"]) -> Float[Array, "N K C"]:
+    L, K, C = weight.shape
+    return matmul(x, weight.reshape(L, K * C)).reshape(-1, K, C)
