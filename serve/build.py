@@ -124,7 +124,7 @@ class _Builder:
         cache = CacheShape(1, config.tokens_per_page(platform), cache_dtype)
         num_pages = config.pages
         if num_pages is None:
-            share, memory = config.memory_share(platform), _device_memory(mesh)
+            share, memory = config.memory_share(platform), self._device_memory(mesh)
             beside = _activation_bytes(self.partition, limits) + sum(
                 leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights)
             )
@@ -141,6 +141,13 @@ class _Builder:
             num_pages = min(num_pages, usable)
         # Page 0 takes padding's writes and holds nobody's tokens.
         return replace(cache, num_pages=num_pages + 1)
+
+    def _device_memory(self, mesh: Mesh) -> int:
+        """Bytes a device may use; the devices of a CPU, of all replicas, share its memory."""
+        stats = mesh.devices.flat[0].memory_stats()
+        if stats is not None:
+            return stats["bytes_limit"]
+        return psutil.virtual_memory().total // (mesh.devices.size * self.config.mesh.data)
 
 
 def _limits(config: ServeConfig, model: ModelConfig) -> Limits:
@@ -159,14 +166,6 @@ def _limits(config: ServeConfig, model: ModelConfig) -> Limits:
         max_queue=schedule.max_queue,
         max_context=asked or model.max_context,
     )
-
-
-def _device_memory(mesh: Mesh) -> int:
-    """Bytes a device may use; the devices of a CPU share its memory."""
-    stats = mesh.devices.flat[0].memory_stats()
-    if stats is not None:
-        return stats["bytes_limit"]
-    return psutil.virtual_memory().total // mesh.devices.size
 
 
 def _activation_bytes(partition: Partition, limits: Limits) -> int:
