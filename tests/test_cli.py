@@ -56,7 +56,9 @@ class BuiltEngine(FakeEngine):
         self.configs: list[ServeConfig] = []
         self.stopped = False
 
-    def build(self, config: ServeConfig, progress: object) -> "BuiltEngine":
+    def build(
+        self, config: ServeConfig, progress: object, *, compile_ahead: bool = True
+    ) -> "BuiltEngine":
         self.configs.append(config)
         return self
 
