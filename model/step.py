@@ -1,6 +1,6 @@
 """One step of the batch: a pure function (weights, state, batch) -> (state, output) of one device.
 
-It is jitted under `jax.shard_map` in one place (`serve/runner.py`) and knows rows, not requests.
+It is jitted under `jax.shard_map` in one place (`serve/programs.py`) and knows rows, not requests.
 The same function is a single step (one token each, prefill chunks beside decode rows), and the
 K-step loop in which nothing but decode rows runs and no token visits the host.
 """

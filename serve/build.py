@@ -123,16 +123,23 @@ class _Builder:
         cache_dtype = dtype if config.dtype == "auto" else jnp.dtype(config.dtype)
         cache = CacheShape(1, config.tokens_per_page(platform), cache_dtype)
         num_pages = config.pages
-        if num_pages is None:
-            share, memory = config.memory_share(platform), self._device_memory(mesh)
-            beside = _activation_bytes(self.partition, limits) + sum(
-                leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights)
+        memory, one_page = self._device_memory(mesh), cache.page_bytes(self.partition)
+        beside = _activation_bytes(self.partition, limits) + sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights)
+        )
+        most = max(0, memory - beside) // one_page
+        if num_pages is not None and num_pages > most:
+            raise ConfigError(
+                f"cache.pages is {num_pages:,}, of {one_page:,} bytes each; {memory:,} bytes a "
+                f"device hold at most {most:,} beside {beside:,} bytes of weights and "
+                "activations; lower it"
             )
-            one_page = cache.page_bytes(self.partition)
+        if num_pages is None:
+            share = config.memory_share(platform)
             num_pages = (int(memory * share) - beside) // one_page
             if num_pages < 1:
                 raise ConfigError(
-                    f"{share:.0%} of {memory:,} bytes a device leaves no room for a page of "
+                    f"{share:.3%} of {memory:,} bytes a device leaves no room for a page of "
                     f"{one_page:,} bytes beside {beside:,} bytes of weights and activations; raise "
                     "cache.memory_fraction, lower schedule.max_batch or schedule.token_budget, or "
                     "use more devices"

@@ -200,6 +200,8 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self.failure = error
+            for request_id in self._sinks:
+                self._scheduler.abort(request_id, self._clock())
             sinks, self._sinks = self._sinks, {}
             self._delivering = True
         ended = Output(

@@ -14,7 +14,7 @@ from serve.request import GenerateRequest, Load, Output
 
 
 class Replicas:
-    """Sends each request to the replica with the fewest."""
+    """Sends each request to the replica with the fewest, of those that have not failed."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = list(engines)
@@ -44,7 +44,8 @@ class Replicas:
                 raise DuplicateRequest(
                     f"request {request.request_id!r} is being served; choose another request_id"
                 )
-            home = min(self._engines, key=_num_requests)
+            alive = [engine for engine in self._engines if engine.failure is None]
+            home = min(alive or self._engines, key=_num_requests)
             home.submit(request, forget_when_done)
             self._homes[request.request_id] = home
 

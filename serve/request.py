@@ -14,6 +14,8 @@ MAX_STOP_IDS = 16
 MAX_LOGPROBS = 20
 """Alternatives reported per token; the limit of OpenAI's API."""
 MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1_000
+"""Characters of a stop string: each is searched for in every stream that names it."""
 
 
 class FinishReason(Enum):
@@ -95,6 +97,13 @@ class SamplingParams:
             f"at most {MAX_STOP_STRINGS}",
         )
         check(all(self.stop), "a stop string", "''", "one character or more")
+        longest = max(map(len, self.stop), default=0)
+        check(
+            longest <= MAX_STOP_LENGTH,
+            "the length of a stop string",
+            longest,
+            f"at most {MAX_STOP_LENGTH} characters",
+        )
         check(
             len(self.stop_token_ids) <= MAX_STOP_IDS // 2,
             "the number of stop_token_ids",

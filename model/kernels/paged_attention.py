@@ -171,7 +171,9 @@ def _attend(
     if num_blocks == 1:
         carry = visit(0, carry)
     else:
-        first = jnp.maximum(jnp.min(starts_R) - window + 1, 0) // block
+        # Padding rows start at 0; they must not undo what a window skips.
+        earliest = jnp.min(jnp.where(lengths_R > 0, starts_R, jnp.max(starts_R)))
+        first = jnp.maximum(earliest - window + 1, 0) // block
         last = jnp.clip(-(-jnp.max(starts_R + lengths_R) // block), 1, num_blocks)
         carry = lax.fori_loop(first, last, visit, carry)
     _, total_RKX, sum_RKXU = carry

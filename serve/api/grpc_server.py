@@ -7,7 +7,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,8 +30,6 @@ HEALTH_INTERVAL_S = 0.5
 """How soon those who watch the health hear that the engine failed."""
 LAST_STATUSES_S = 1.0
 """Time for the last statuses to leave at a stop; calls that watch the health end only by force."""
-GRACE_S = 60.0
-"""Time that running requests have at a stop unless told otherwise."""
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
@@ -94,12 +92,16 @@ class GrpcServer:
         """Ends every call and frees the port; what still runs is cancelled."""
         if self._server is None or self._following is None:
             return
+        for request_id in list(self._inference.running):
+            self._front.engine.abort(request_id)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._inference.idle.wait(), LAST_STATUSES_S)
         self._following.cancel()
         await self._server.stop(LAST_STATUSES_S)
         self._server = None
 
 
-async def run_until_signalled(server: GrpcServer, grace_s: float = GRACE_S) -> None:
+async def run_until_signalled(server: GrpcServer, grace_s: float) -> None:
     """Waits for SIGTERM or SIGINT, drains for at most `grace_s`, stops.
 
     A second signal ends the drain. The engine's thread is the caller's to stop.
@@ -125,6 +127,8 @@ class _Inference(pb_grpc.InferenceServicer):
     def __init__(self, front: Front):
         self._front = front
         self._num_running = 0
+        self.running: list[str] = []
+        """Ids the engine was given; twice while one is refused as a duplicate."""
         self.idle = asyncio.Event()
         """Set while no Generate runs."""
         self.idle.set()
@@ -133,15 +137,19 @@ class _Inference(pb_grpc.InferenceServicer):
         with self._counted():
             async with _statuses(context):
                 prepared = await self._prepare(request)
-                async with aclosing(self._front.generate(prepared)) as deltas:
-                    request_id = prepared.request_id
-                    async for delta in deltas:
-                        if delta.finish_reason is FinishReason.ERROR:
-                            await _abort(context, grpc.StatusCode.INTERNAL, delta.error)
-                        for message in messages.responses(delta):
-                            if request_id:
-                                message.request_id, request_id = request_id, ""
-                            await context.write(message)
+                with self._known(prepared.request_id):
+                    await self._stream(prepared, context)
+
+    async def _stream(self, prepared: GenerateRequest, context: Context) -> None:
+        async with aclosing(self._front.generate(prepared)) as deltas:
+            request_id = prepared.request_id
+            async for delta in deltas:
+                if delta.finish_reason is FinishReason.ERROR:
+                    await _abort(context, grpc.StatusCode.INTERNAL, delta.error)
+                for message in messages.responses(delta):
+                    if request_id:
+                        message.request_id, request_id = request_id, ""
+                    await context.write(message)
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Context
@@ -184,6 +192,14 @@ class _Inference(pb_grpc.InferenceServicer):
             case _:
                 forms = [f.name for f in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
                 raise InvalidRequest(f"the request has no prompt; set one of {', '.join(forms)}")
+
+    @contextmanager
+    def _known(self, request_id: str) -> Generator[None]:
+        self.running.append(request_id)
+        try:
+            yield
+        finally:
+            self.running.remove(request_id)
 
     @contextmanager
     def _counted(self) -> Generator[None]:

@@ -36,10 +36,13 @@ def run(config: ServeConfig) -> None:
 async def _serve(front: Front, listen: ListenSection) -> None:
     server = GrpcServer(front, listen.grpc)
     await server.start()
-    with HttpServer(front.engine, listen.http) if listen.http else nullcontext() as http:
-        addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
-        print(_greeting(front, *addresses), flush=True)
-        await run_until_signalled(server, listen.grace_s)
+    try:
+        with HttpServer(front.engine, listen.http) if listen.http else nullcontext() as http:
+            addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
+            print(_greeting(front, *addresses), flush=True)
+            await run_until_signalled(server, listen.grace_s)
+    finally:
+        await server.stop()
 
 
 def _at(address: str, port: int) -> str:

@@ -151,3 +151,8 @@ class TestRefusedAtStart:
         schedule = {"max_batch": 16, "chunk": 8, "token_budget": token_budget}
         with pytest.raises(ConfigError, match=rf"token_budget \({token_budget}\) is above max_bat"):
             build_engine(configure(checkpoint, schedule=schedule))
+
+
+def test_more_pages_than_the_memory_holds_are_refused_with_the_most_that_fit(checkpoint):
+    with pytest.raises(ConfigError, match=r"hold at most [\d,]+ beside .*lower it"):
+        build_engine(configure(checkpoint, cache={"pages": 10**12}))

@@ -556,6 +556,8 @@ def test_failure_ends_every_request_and_is_told_to_those_who_come_after(parts, c
     with pytest.raises(Unavailable, match="the engine has failed: device lost"):
         engine.submit(greedy("late", prompt_of(5), 5), Answer())
     assert isinstance(engine.failure, RuntimeError)
+    load = engine.load()
+    assert (load.num_running, load.num_waiting, load.pages_used) == (0, 0, 0)
     engine.stop()
     for i in range(LIMITS.max_batch):  # the pool outlives this engine, for the other tests
         parts.tables.free(i)
