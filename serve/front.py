@@ -127,6 +127,8 @@ class Front:
         if sampling.stop:
             self._need_tokenizer("stop strings", "use stop_token_ids")
         self._check_ids(sampling.stop_token_ids, "stop token id")
+        if len(prompt) == 0:  # a text, too: its tokens would be the tokenizer's own first one
+            raise InvalidRequest("the prompt is empty; send one token or more")
         prompt_ids = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         self._check_prompt(prompt_ids)
         return GenerateRequest(
@@ -226,8 +228,6 @@ class Front:
             )
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; send one token or more")
         context = self.engine.info.max_context
         if len(prompt_ids) >= context:
             raise InvalidRequest(

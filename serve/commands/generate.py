@@ -110,6 +110,8 @@ def _naming(place: int) -> Generator[None]:
 
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer | None, model: Path) -> list[int]:
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give one token or more")
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:

@@ -97,6 +97,7 @@ def test_logprobs_end_with_the_tokens():
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty"),
         ([1, 256], {}, "prompt token id 256, at place 1, is outside the vocabulary"),
         ([-1], {}, "ids go from 0 to 255"),
         ([1] * 8, {}, "has 8 tokens; a context of 8 allows 7"),
