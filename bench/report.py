@@ -90,6 +90,8 @@ class Report:
     workloads: list[Workload]
     sides: list[Side]
     agreements: dict[str, Agreement]
+    bars: dict[str, dict[str, float]]
+    """For each peer, the ratio promised for a workload, where one is."""
     not_measured: dict[str, str]
     """Why, for each peer that isn't."""
 
@@ -112,18 +114,30 @@ class Report:
     def _table(self) -> str:
         ours, *peers = self.sides
         header = ["tokens/s", *(side.name for side in self.sides)]
-        header += [*self.not_measured, *(f"{ours.name} / {peer.name}" for peer in peers)]
+        header += [*self.not_measured]
+        for peer in peers:
+            header += [f"{ours.name} / {peer.name}", *(["bar"] if self._has_bars(peer) else [])]
         rows = [
             [
                 f"{workload.name} ({workload.description})",
                 *(_rate(side.samples[workload.name]) for side in self.sides),
                 *("not measured" for _ in self.not_measured),
-                *(_ratio(*ratio(ours, peer, workload.name)) for peer in peers),
+                *(cell for peer in peers for cell in self._compared(peer, workload.name)),
             ]
             for workload in self.workloads
         ]
         rule = ["---", *("---:" for _ in header[1:])]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+    def _compared(self, peer: Side, workload: str) -> list[str]:
+        cells = [_ratio(*ratio(self.sides[0], peer, workload))]
+        if self._has_bars(peer):
+            bar = self.bars[peer.name].get(workload)
+            cells.append("none" if bar is None else f"{bar:.2f}")
+        return cells
+
+    def _has_bars(self, peer: Side) -> bool:
+        return bool(self.bars.get(peer.name))
 
     def _circumstances(self) -> str:
         machine = self.machine

@@ -14,19 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.kernels import paged_attention, write_pages
-from model.linear import matmul, rms_norm
-from model.rope import apply_rope, rope_angles
-from sharding.collectives import mean_over_tensor, sum_over_tensor
+from model.kernels import paged_attention, rotate_and_write
+from model.kernels.choice import Kernels
+from model.linear import Norm
+from model.pages import Pages
+from model.projection import project_in, project_out
+from sharding.collectives import mean_over_tensor
 
 NO_WINDOW = 2**30
 """A window wider than any context; windows are data, so that stages may differ in them."""
-
-Pages = tuple[jax.Array, jax.Array]
-"""One layer's keys, [P, page_size, K, C], and values, [P, page_size, K, U]."""
-
-Angles = tuple[jax.Array, jax.Array]
-"""cos and sin of each token's rotation, [N, rope_dim / 2] each."""
 
 
 class Constant(nnx.Variable):
@@ -50,9 +46,10 @@ class Tokens:
 class PagedAttention(nnx.Module):
     """What is the same however queries, keys and values are made."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, kernels: Kernels) -> None:
         D, K, G, U = config.hidden_size, config.num_kv_heads, config.group_size, config.value_dim
         self.config = config
+        self.kernels = kernels
         self.out = nnx.Param(jnp.zeros((K, G, U, D), dtype))
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros((D,), dtype))
@@ -64,26 +61,23 @@ class PagedAttention(nnx.Module):
 
     @abstractmethod
     def project(
-        self, x_ND: Float[Array, "N D"], angles: Angles
-    ) -> tuple[Float[Array, "N K G C"], Float[Array, "N K C"], Float[Array, "N K U"]]:
-        """This device's queries and keys, rotated, and values."""
+        self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens
+    ) -> tuple[Float[Array, "N K G C"], Pages]:
+        """This device's queries, rotated, and the pages with the tokens' keys and values."""
 
     def __call__(
-        self, x_ND: Float[Array, "N D"], pages: Pages, tokens: Tokens
+        self,
+        x_ND: Float[Array, "N D"],
+        norm: Norm | None,
+        residual_ND: Float[Array, "N D"] | None,
+        pages: Pages,
+        tokens: Tokens,
     ) -> tuple[Float[Array, "N D"], Pages]:
-        """Attends over cached tokens and these; returns the block's output and the new pages."""
-        angles = rope_angles(tokens.positions_N, self.inv_freq[...], self.rope_factor[...])
-        q_NKGC, k_NKC, v_NKU = self.project(x_ND, angles)
-        place = (tokens.page_N, tokens.positions_N % pages[0].shape[1])
-        pages = (write_pages(pages[0], k_NKC, *place), write_pages(pages[1], v_NKU, *place))
+        """Attends over cached tokens and these, norm(x); returns residual + output, and pages."""
+        q_NKGC, pages = self.project(x_ND, norm, pages, tokens)
         y_NKGU = self._attend(q_NKGC, pages, tokens)
-        D = x_ND.shape[1]
-        out_ND = sum_over_tensor(
-            matmul(y_NKGU.reshape(len(x_ND), -1), self.out[...].reshape(-1, D))
-        )
-        if self.config.out_bias:
-            out_ND = out_ND + self.out_bias[...]
-        return out_ND, pages
+        bias_D = self.out_bias[...] if self.config.out_bias else None
+        return project_out(self.kernels, y_NKGU, self.out[...], bias_D, residual_ND), pages
 
     def _attend(self, q_NKGC: jax.Array, pages: Pages, tokens: Tokens) -> jax.Array:
         """Decode rows and chunk rows, each as one call over its own shape."""
@@ -91,8 +85,9 @@ class PagedAttention(nnx.Module):
         groups = [(q_NKGC[:B], slice(0, B), 1), (q_NKGC[B:], slice(B, None), tokens.chunk)]
         outs = [
             paged_attention(
+                self.kernels,
                 q.reshape(-1, length, *q.shape[1:]),
-                *pages,
+                pages,
                 tokens.tables_RW[rows],
                 tokens.starts_R[rows],
                 tokens.lengths_R[rows],
@@ -110,8 +105,8 @@ class PagedAttention(nnx.Module):
 class Attention(PagedAttention):
     """Queries, keys and values from one product, in heads of one width."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        super().__init__(config, dtype)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, kernels: Kernels) -> None:
+        super().__init__(config, dtype, kernels)
         D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
         self.qkv = nnx.Param(jnp.zeros((D, K, G + 2, C), dtype))
         if config.qkv_bias:
@@ -124,25 +119,33 @@ class Attention(PagedAttention):
             self.k_norm_all = nnx.Param(jnp.zeros((K, C), dtype))
 
     def project(
-        self, x_ND: Float[Array, "N D"], angles: Angles
-    ) -> tuple[Float[Array, "N K G C"], Float[Array, "N K C"], Float[Array, "N K C"]]:
-        D, K, _, C = self.qkv.shape
-        G, eps, offset = self.config.group_size, self.config.norm_eps, self.config.norm_offset
-        qkv = matmul(x_ND, self.qkv[...].reshape(D, -1)).reshape(-1, K, G + 2, C)
-        if self.config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...]
-        q_NKGC, k_NKC, v_NKC = qkv[:, :, :G], qkv[:, :, G], qkv[:, :, G + 1]
+        self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens
+    ) -> tuple[Float[Array, "N K G C"], Pages]:
+        bias = self.qkv_bias[...] if self.config.qkv_bias else None
+        qkv_NKJC = project_in(self.kernels, x_ND, norm, self.qkv[...], bias)
+        norms = None
         if self.config.qk_norm == "head":
-            q_NKGC = rms_norm(q_NKGC, self.q_norm[...], eps, offset)
-            k_NKC = rms_norm(k_NKC, self.k_norm[...], eps, offset)
+            eps, offset = self.config.norm_eps, self.config.norm_offset
+            norms = tuple(Norm(w[...], eps, offset) for w in (self.q_norm, self.k_norm))
         if self.config.qk_norm == "all":
-            q_NKGC = _norm_all_heads(q_NKGC, self.q_norm_all[...], eps, offset)
-            k_NKC = _norm_all_heads(k_NKC, self.k_norm_all[...], eps, offset)
-        return (
-            apply_rope(q_NKGC.reshape(-1, K * G, C), *angles).reshape(-1, K, G, C),
-            apply_rope(k_NKC, *angles),
-            v_NKC,
+            qkv_NKJC = self._norm_all(qkv_NKJC)
+        return rotate_and_write(
+            self.kernels,
+            qkv_NKJC,
+            norms,
+            tokens.positions_N,
+            self.inv_freq[...],
+            self.rope_factor[...],
+            pages,
+            tokens.page_N,
         )
+
+    def _norm_all(self, qkv_NKJC: jax.Array) -> jax.Array:
+        """Queries and keys each normalized over all heads' channels at once."""
+        G, eps, offset = self.config.group_size, self.config.norm_eps, self.config.norm_offset
+        q_NKGC = _norm_all_heads(qkv_NKJC[:, :, :G], self.q_norm_all[...], eps, offset)
+        k_NKC = _norm_all_heads(qkv_NKJC[:, :, G], self.k_norm_all[...], eps, offset)
+        return jnp.concatenate([q_NKGC, k_NKC[:, :, None], qkv_NKJC[:, :, G + 1 :]], axis=2)
 
 
 def _norm_all_heads(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:

@@ -9,44 +9,56 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from model.attention import Attention, Pages, Tokens
+from model.attention import Attention, Tokens
 from model.config import Layer, ModelConfig
+from model.kernels.choice import Kernels
 from model.latent_attention import LatentAttention
-from model.linear import matmul, rms_norm
+from model.linear import Norm, matmul, rms_norm
 from model.mlp import Mlp
 from model.moe import Moe
+from model.pages import Pages
+from model.projection import project_in
 from sharding.collectives import gather_vocab, sum_over_vocab, vocab_shard_index
 
 
 class DecoderLayer(nnx.Module):
     def __init__(
-        self, config: ModelConfig, layer: Layer, num_routed: int, dtype: jnp.dtype
+        self,
+        config: ModelConfig,
+        layer: Layer,
+        num_routed: int,
+        dtype: jnp.dtype,
+        kernels: Kernels,
     ) -> None:
         self.config = config
         if config.latent:
-            self.attention = LatentAttention(config, config.latent, dtype)
+            self.attention = LatentAttention(config, config.latent, dtype, kernels)
         else:
-            self.attention = Attention(config, dtype)
+            self.attention = Attention(config, dtype, kernels)
         if layer.experts:
             self.moe = Moe(config, num_routed, dtype)
         else:
-            self.mlp = Mlp(config, dtype)
+            self.mlp = Mlp(config, dtype, kernels)
         for place in norm_names(config):
             setattr(self, place, nnx.Param(jnp.zeros((config.hidden_size,), dtype)))
 
     def __call__(self, x_ND: jax.Array, pages: Pages, tokens: Tokens) -> tuple[jax.Array, Pages]:
-        y_ND, pages = self.attention(self._norm("attention_norm", x_ND), pages, tokens)
-        x_ND = x_ND + self._norm("attention_post_norm", y_ND)
-        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
-        y_ND = feed_forward(self._norm("mlp_norm", x_ND))
-        return x_ND + self._norm("mlp_post_norm", y_ND), pages
+        before, after = self._norm("attention_norm"), self._norm("attention_post_norm")
+        residual_ND = None if after else x_ND
+        y_ND, pages = self.attention(x_ND, before, residual_ND, pages, tokens)
+        x_ND = x_ND + rms_norm(y_ND, after) if after else y_ND
 
-    def _norm(self, place: str, x_ND: jax.Array) -> jax.Array:
+        before, after = self._norm("mlp_norm"), self._norm("mlp_post_norm")
+        residual_ND = None if after else x_ND
+        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
+        y_ND = feed_forward(x_ND, before, residual_ND)
+        return x_ND + rms_norm(y_ND, after) if after else y_ND, pages
+
+    def _norm(self, place: str) -> Norm | None:
         """The norm at `place`, where the configuration has one."""
         if not hasattr(self, place):
-            return x_ND
-        weight = getattr(self, place)[...]
-        return rms_norm(x_ND, weight, self.config.norm_eps, self.config.norm_offset)
+            return None
+        return Norm(getattr(self, place)[...], self.config.norm_eps, self.config.norm_offset)
 
 
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
@@ -66,10 +78,14 @@ class Decoder(nnx.Module):
         padded_vocab: int,
         num_routed: int,
         dtype: jnp.dtype,
+        kernels: Kernels,
     ) -> None:
         self.config = config
+        self.kernels = kernels
         self.embedding = nnx.Param(jnp.zeros((padded_vocab, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, layer, num_routed, dtype) for layer in layers])
+        self.layers = nnx.List(
+            [DecoderLayer(config, layer, num_routed, dtype, kernels) for layer in layers]
+        )
         self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
         if not config.tie_embeddings:
             self.head = nnx.Param(jnp.zeros((config.hidden_size, padded_vocab), dtype))
@@ -93,9 +109,13 @@ class Decoder(nnx.Module):
 
     def logits(self, x_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Float32 logits over the whole vocabulary, on every device."""
-        x_RD = rms_norm(x_RD, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
-        head_DV = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-        logits_RV = matmul(x_RD, head_DV).astype(jnp.float32)
+        norm = Norm(self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+        if self.config.tie_embeddings:
+            # Not through a kernel, for which the table would have to be turned in memory.
+            logits_RV = matmul(rms_norm(x_RD, norm), self.embedding[...].T)
+        else:
+            logits_RV = project_in(self.kernels, x_RD, norm, self.head[...])
+        logits_RV = logits_RV.astype(jnp.float32)
         if self.config.logit_softcap is not None:
             cap = self.config.logit_softcap
             logits_RV = cap * jnp.tanh(logits_RV / cap)

@@ -9,17 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from model.attention import Angles, PagedAttention
+from model.attention import PagedAttention, Tokens
 from model.config import Latent, ModelConfig
-from model.linear import matmul, rms_norm
-from model.rope import apply_rope
+from model.kernels.choice import Kernels
+from model.linear import Norm, matmul, rms_norm
+from model.pages import Pages, write_pages
+from model.rope import apply_rope, rope_angles
 
 
 class LatentAttention(PagedAttention):
     """Every device makes the latents of all heads, and of them its own heads' q, k and v."""
 
-    def __init__(self, config: ModelConfig, latent: Latent, dtype: jnp.dtype) -> None:
-        super().__init__(config, dtype)
+    def __init__(
+        self, config: ModelConfig, latent: Latent, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
+        super().__init__(config, dtype, kernels)
         D, K, C = config.hidden_size, config.num_kv_heads, config.head_dim
         self.latent = latent
         if latent.q_rank is None:
@@ -34,26 +38,32 @@ class LatentAttention(PagedAttention):
         self.kv_up = nnx.Param(jnp.zeros(heads, dtype))
 
     def project(
-        self, x_ND: Float[Array, "N D"], angles: Angles
-    ) -> tuple[Float[Array, "N K 1 C"], Float[Array, "N K C"], Float[Array, "N K U"]]:
+        self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens
+    ) -> tuple[Float[Array, "N K 1 C"], Pages]:
         latent = self.latent
+        x_ND = x_ND if norm is None else rms_norm(x_ND, norm)
+        angles = rope_angles(tokens.positions_N, self.inv_freq[...], self.rope_factor[...])
         q_NKC, turning_q_NKC = jnp.split(self._queries(x_ND), [latent.nope_dim], axis=-1)
         q_NKC = jnp.concatenate([q_NKC, apply_rope(turning_q_NKC, *angles)], axis=-1)
 
         down = matmul(x_ND, self.kv_down[...])
         kv, turning_k = jnp.split(down, [latent.kv_rank], axis=-1)
-        kv = _up(rms_norm(kv, self.kv_latent_norm[...], latent.norm_eps), self.kv_up[...])
+        kv = _up(rms_norm(kv, Norm(self.kv_latent_norm[...], latent.norm_eps)), self.kv_up[...])
         k_NKC, v_NKU = jnp.split(kv, [latent.nope_dim], axis=-1)
         turned_k_N1C = apply_rope(turning_k[:, None], *angles)
         shared = jnp.broadcast_to(turned_k_N1C, (*k_NKC.shape[:2], latent.rope_dim))
-        return q_NKC[:, :, None], jnp.concatenate([k_NKC, shared], axis=-1), v_NKU
+        k_NKC = jnp.concatenate([k_NKC, shared], axis=-1)
+        offset_N = tokens.positions_N % pages.page_size
+        return q_NKC[:, :, None], write_pages(pages, k_NKC, v_NKU, tokens.page_N, offset_N)
 
     def _queries(self, x_ND: jax.Array) -> jax.Array:
         """[N, K, C], not rotated."""
         if self.latent.q_rank is None:
             return _up(x_ND, self.q[...])
         down = matmul(x_ND, self.q_down[...])
-        return _up(rms_norm(down, self.q_latent_norm[...], self.latent.norm_eps), self.q_up[...])
+        return _up(
+            rms_norm(down, Norm(self.q_latent_norm[...], self.latent.norm_eps)), self.q_up[...]
+        )
 
 
 def _up(x: Float[Array, "N L"], weight: Float[Array, "L K C"]) -> Float[Array, "N K C"]:

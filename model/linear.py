@@ -3,6 +3,8 @@
 They do not know where the weight came from or how it is cut.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,13 +17,20 @@ def matmul(x: Float[Array, "*N D"], weight: Float[Array, "D F"]) -> Float[Array,
     return jnp.matmul(x, weight, precision=precision)
 
 
-def rms_norm(
-    x: Float[Array, "*N D"], weight: Float[Array, " D"], eps: float, offset: float = 0.0
-) -> Float[Array, "*N D"]:
-    """x over its root mean square, times (weight + offset); computed in float32."""
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: x over its root mean square, times (weight + offset)."""
+
+    weight: Float[Array, " D"]
+    eps: float
+    offset: float = 0.0
+
+
+def rms_norm(x: Float[Array, "*N D"], norm: Norm) -> Float[Array, "*N D"]:
+    """x normalized over its last axis; computed in float32."""
     x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + norm.eps)
+    return (x32 * scale * (norm.weight.astype(jnp.float32) + norm.offset)).astype(x.dtype)
 
 
 def silu(x: jax.Array) -> jax.Array:

@@ -9,38 +9,64 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from model.config import ClampedSwiglu, ModelConfig
-from model.linear import matmul
-from sharding.collectives import sum_over_tensor
+from model.kernels import fused_matmul
+from model.kernels.choice import Kernels
+from model.kernels.xla_matmul import Activate
+from model.linear import Norm
+from model.projection import project_in, project_out
+
+
+def activation(config: ModelConfig) -> Activate:
+    """What makes a block's hidden numbers of gate and up, in float32."""
+    match config.activation:
+        case "silu":
+            return lambda gate, up: jax.nn.silu(gate) * up
+        case "gelu_tanh":
+            return lambda gate, up: jax.nn.gelu(gate, approximate=True) * up
+        case ClampedSwiglu(alpha, limit):
+
+            def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+                gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+                return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+            return clamped
 
 
 def activate(gate_up: Float[Array, "*N two F"], config: ModelConfig) -> Float[Array, "*N F"]:
     """The gate applied to up, in float32."""
-    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
-    match config.activation:
-        case "silu":
-            product = jax.nn.silu(gate) * up
-        case "gelu_tanh":
-            product = jax.nn.gelu(gate, approximate=True) * up
-        case ClampedSwiglu(alpha, limit):
-            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-            product = gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
-    return product.astype(gate_up.dtype)
+    gate, up = (gate_up[..., part, :].astype(jnp.float32) for part in range(2))
+    return activation(config)(gate, up).astype(gate_up.dtype)
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, kernels: Kernels) -> None:
         D, F = config.hidden_size, config.mlp_size
         self.config = config
+        self.kernels = kernels
         self.gate_up = nnx.Param(jnp.zeros((D, 2, F), dtype))
         self.down = nnx.Param(jnp.zeros((F, D), dtype))
         if config.mlp_bias:
             self.gate_up_bias = nnx.Param(jnp.zeros((2, F), dtype))
             self.down_bias = nnx.Param(jnp.zeros((D,), dtype))
 
-    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        D, _, F = self.gate_up.shape
-        gate_up_N2F = matmul(x_ND, self.gate_up[...].reshape(D, 2 * F)).reshape(-1, 2, F)
+    def __call__(
+        self,
+        x_ND: Float[Array, "N D"],
+        norm: Norm | None = None,
+        residual_ND: Float[Array, "N D"] | None = None,
+    ) -> Float[Array, "N D"]:
+        """residual + the block's output for norm(x)."""
+        down_bias_D = None
         if self.config.mlp_bias:
-            gate_up_N2F = gate_up_N2F + self.gate_up_bias[...]
-        out_ND = sum_over_tensor(matmul(activate(gate_up_N2F, self.config), self.down[...]))
-        return out_ND + self.down_bias[...] if self.config.mlp_bias else out_ND
+            bias, down_bias_D = self.gate_up_bias[...], self.down_bias[...]
+            gate_up_N2F = project_in(self.kernels, x_ND, norm, self.gate_up[...], bias)
+            hidden_NF = activate(gate_up_N2F, self.config)
+        else:
+            hidden_NF = fused_matmul(
+                self.kernels,
+                x_ND,
+                self.gate_up[...],
+                norm=norm,
+                activate=activation(self.config),
+            )
+        return project_out(self.kernels, hidden_NF, self.down[...], down_bias_D, residual_ND)

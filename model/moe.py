@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from model.config import Experts, ModelConfig
-from model.linear import matmul
+from model.linear import Norm, matmul, rms_norm
 from model.mlp import activate
 from sharding.collectives import sum_over_tensor, tensor_index
 
@@ -69,7 +69,17 @@ class Moe(nnx.Module):
             self.shared_gate_up = nnx.Param(jnp.zeros((D, 2, experts.shared_size), dtype))
             self.shared_down = nnx.Param(jnp.zeros((experts.shared_size, D), dtype))
 
-    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    def __call__(
+        self,
+        x_ND: Float[Array, "N D"],
+        norm: Norm | None = None,
+        residual_ND: Float[Array, "N D"] | None = None,
+    ) -> Float[Array, "N D"]:
+        """residual + the block's output for norm(x)."""
+        out_ND = self._compute(x_ND if norm is None else rms_norm(x_ND, norm))
+        return out_ND if residual_ND is None else residual_ND + out_ND
+
+    def _compute(self, x_ND: jax.Array) -> jax.Array:
         experts = self.config.experts
         assert experts is not None, "a layer of experts in a configuration without experts"
         # In float32, since the last bit may decide between two experts.

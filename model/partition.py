@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from model.attention import NO_WINDOW
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.kernels.choice import XLA, Kernels
 from model.rope import inverse_frequencies
 from sharding.mesh import STAGE, TENSOR, MeshError, MeshShape
 from sharding.rules import weight_spec
@@ -81,11 +82,11 @@ class Partition:
         heads = self.config.num_kv_heads * self.kv_repeat
         return replace(self.config, num_kv_heads=heads, experts=experts)
 
-    def decoder(self, dtype: jnp.dtype) -> Decoder:
+    def decoder(self, dtype: jnp.dtype, kernels: Kernels) -> Decoder:
         """The module of one stage (under `nnx.eval_shape`: its weights are zeros)."""
         layers = self.config.layers[: self.layers_per_stage]
         num_routed = self.config.experts.num_experts if self.config.experts else 0
-        return Decoder(self.fitted, layers, self.padded_vocab, num_routed, dtype)
+        return Decoder(self.fitted, layers, self.padded_vocab, num_routed, dtype, kernels)
 
 
 def misfit(config: ModelConfig, stages: int, tensor: int) -> str:
@@ -130,9 +131,14 @@ def fitting_meshes(config: ModelConfig, num_devices: int) -> list[MeshShape]:
     ]
 
 
-def abstract_weights(partition: Partition, dtype: jnp.dtype) -> tuple[Any, Any]:
-    """The decoder's graph, and its weights as shapes: layers stacked over stages in front."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: partition.decoder(dtype)))
+def abstract_weights(
+    partition: Partition, dtype: jnp.dtype, kernels: Kernels = XLA
+) -> tuple[Any, Any]:
+    """The decoder's graph, and its weights as shapes: layers stacked over stages in front.
+
+    `kernels` are the graph's; the weights are the same for all.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: partition.decoder(dtype, kernels)))
 
     def stack(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         stages = (partition.stages,) if _name(path).startswith("layers.") else ()

@@ -88,9 +88,36 @@ def sample(
 def logprobs(logits: Float[Array, "*R V"], chosen: Int[Array, "*R"]) -> Logprobs:
     """The logprob of each chosen id, and the most likely ids."""
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top, top_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, top_ids = _top(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)
     return Logprobs((picked - log_total)[..., 0], top - log_total, top_ids)
+
+
+def _top(x: Float[Array, "*R V"], count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest numbers and their places, in order; of equals the first places first.
+
+    XLA on GPU sorts all of x for `lax.top_k`; there each number is found by two passes that write
+    nothing.
+    """
+
+    def by_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vocab = x.shape[-1]
+        place = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+
+        def find(last: tuple[jax.Array, jax.Array], _: None):
+            peak, where = (part[..., None] for part in last)
+            later = (x < peak) | ((x == peak) & (place > where))
+            peak = jnp.max(jnp.where(later, x, -jnp.inf), axis=-1, keepdims=True)
+            at_peak = jnp.where(later & (x == peak), place, vocab - 1)
+            found = peak[..., 0], jnp.min(at_peak, axis=-1)
+            return found, found
+
+        before_all = jnp.full(x.shape[:-1], jnp.inf), jnp.full(x.shape[:-1], -1)
+        _, found = lax.scan(find, before_all, None, length=count)
+        top, top_ids = (jnp.moveaxis(part, 0, -1) for part in found)
+        return top, top_ids
+
+    return lax.platform_dependent(x, cpu=lambda x: tuple(lax.top_k(x, count)), default=by_passes)
 
 
 def no_logprobs(shape: tuple[int, ...], vocab_size: int) -> Logprobs:

@@ -13,11 +13,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model import sampling as sampler
-from model.attention import Pages, Tokens
+from model.attention import Tokens
 from model.decoder import Decoder
+from model.pages import Pages
 from model.sampling import History, Logprobs, Sampling
 from sharding import pipeline
 from sharding.collectives import from_last_stage, num_stages, stage_index, to_next_stage
+
+PIECE = 64
+"""Most tokens whose logits over the vocabulary are held at once for prompt logprobs."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ def _place(shape: StepShape, batch: Batch, ring: _Ring, turn: pipeline.Turn) -> 
     """Positions of the micro-batch's tokens, and where their keys and values go."""
     rows = _micro_batch(batch.rows, turn.micro_batch)
     B, T = shape.num_decode // num_stages(), shape.chunk
-    page_size = ring.state.pages[0][0].shape[1]
+    page_size = ring.state.pages[0].page_size
     is_decode_R = lax.iota(jnp.int32, rows.start.shape[0]) < B
     starts_R = rows.start + jnp.where(is_decode_R, turn.token, 0)
     lengths_R = jnp.where(ring.active_MR[turn.micro_batch] & turn.active, rows.length, 0)
@@ -258,18 +262,21 @@ def _prompt_logprobs(
     x_ND: jax.Array,
     turn: pipeline.Turn,
 ) -> Logprobs:
-    """Logprobs of each prefill token's successor, a row of `chunk` at a time to bound memory."""
+    """Logprobs of each prefill token's successor, a few tokens at a time to bound memory."""
     if not shape.num_chunks:
         return found
     B = shape.num_decode // num_stages()
 
     def compute() -> Logprobs:
-        x_RTD = from_last_stage(x_ND[B:]).reshape(-1, shape.chunk, x_ND.shape[1])
-        targets_RT = batch.chunk_targets[turn.micro_batch]
+        piece = next(n for n in range(PIECE, 0, -1) if shape.chunk % n == 0)
+        x_STD = from_last_stage(x_ND[B:]).reshape(-1, piece, x_ND.shape[1])
+        targets_ST = batch.chunk_targets[turn.micro_batch].reshape(-1, piece)
         new = lax.map(
-            lambda row: sampler.logprobs(decoder.logits(row[0]), row[1]), (x_RTD, targets_RT)
+            lambda some: sampler.logprobs(decoder.logits(some[0]), some[1]), (x_STD, targets_ST)
         )
-        return jax.tree.map(lambda all_, one: all_.at[turn.micro_batch].set(one), found, new)
+        return jax.tree.map(
+            lambda all_, one: all_.at[turn.micro_batch].set(one.reshape(all_.shape[1:])), found, new
+        )
 
     wanted = batch.wants_prompt_logprobs[turn.micro_batch] & turn.active
     return lax.cond(wanted, compute, lambda: found)

@@ -21,6 +21,7 @@ from cache.tables import PageTables
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
 from model.config import ModelConfig
 from model.families import read_model_config
+from model.kernels.choice import Kernels, kernels_for
 from model.partition import Partition, abstract_weights, load_weights
 from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo
@@ -84,7 +85,9 @@ class _Builder:
         cache = self._cache(mesh, limits, weights, dtype)
         pool = PagePool(cache.num_pages, cache.page_size)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
-        programs = Programs(self.partition, mesh, cache, limits, tables.width, dtype)
+        programs = Programs(
+            self.partition, mesh, cache, limits, tables.width, dtype, self._kernels(mesh)
+        )
         runner = Runner(programs, weights, tables.array)
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
@@ -102,6 +105,13 @@ class _Builder:
             eos_ids=model.eos_ids,
         )
         return runner, Scheduler(limits, tables, frozenset(model.eos_ids)), info
+
+    def _kernels(self, mesh: Mesh) -> Kernels:
+        platform = mesh.devices.flat[0].platform
+        try:
+            return kernels_for(platform, self.config.kernels.model_dump())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def _load(self, mesh: Mesh, dtype: Any) -> Any:
         _, abstract = abstract_weights(self.partition, dtype)

@@ -46,12 +46,17 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as mesh.tensor=2."),
 ]
+ProfileTo = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", file_okay=False, help="Trace steps, and show their times."),
+]
 
 
 @app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="A TOML file, such as configs/serve/demo.toml.")],
     overrides: Overrides = None,
+    profile: ProfileTo = None,
 ) -> None:
     """Start an endpoint; SIGTERM or Ctrl-C finishes what runs and stops it."""
     from serve.config import load_config
@@ -59,7 +64,7 @@ def serve(
     loaded = load_config(config, overrides or [])
     from serve.commands import serve as command
 
-    command.run(loaded)
+    command.run(loaded, profile)
 
 
 @app.command()
@@ -90,6 +95,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.AUTO,
     mesh: Mesh = "",
+    profile: ProfileTo = None,
     json: Json = False,
 ) -> None:
     """Generate offline, all prompts batched; results on stdout, in order."""
@@ -114,7 +120,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     prompts = command.read_prompts(prompts_file) if prompts_file is not None else [prompt or ""]
-    command.run(model, prompts, sampling, dtype=dtype, mesh=mesh, as_json=json)
+    command.run(model, prompts, sampling, dtype=dtype, mesh=mesh, as_json=json, profile=profile)
 
 
 @app.command()
@@ -148,6 +154,34 @@ def offline(
     from serve.commands import bench as command
 
     command.offline(model, peer or [], runs, dtype=dtype.value, out=out, as_json=json)
+
+
+@app.command()
+def mesh(
+    path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A TOML file, or several.")],
+    out: Annotated[Path, typer.Option(help="Where each experiment gets a folder.")] = Path(
+        ".cache/mesh"
+    ),
+    only: Annotated[str, typer.Option(help="Just points with this in their name.")] = "",
+    limit_s: Annotated[
+        float, typer.Option(min=0, help="Stop after as long; the next run goes on.")
+    ] = float("inf"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Report what was measured, at any commit.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Measure or compile a matrix of models and meshes; goes on where it was cut.
+
+    Exits 1 if a point failed or was not reached.
+    """
+    from serve.commands import mesh as command
+
+    if report_only:
+        command.report(path, out, as_json=json)
+    elif not command.measure(path, out, only, limit_s, fresh, as_json=json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Kernel = Literal["auto", "xla", "cpu", "pallas", "pallas_interpreted"]
 Tables = dict[str, Any]
 """A TOML file as read: mostly tables in a table, until it is checked."""
 
@@ -107,6 +108,15 @@ class ScheduleSection(Section):
         return self
 
 
+class KernelsSection(Section):
+    """Which kernel computes each operation; auto: the one chosen for the devices."""
+
+    decode_attention: Kernel = "auto"
+    prefill_attention: Kernel = "auto"
+    rotate_and_write: Kernel = "auto"
+    small_matmul: Kernel = "auto"
+
+
 class ListenSection(Section):
     grpc: str = "127.0.0.1:8500"
     """host:port; at port 0 the system chooses one. So it is with http."""
@@ -138,6 +148,7 @@ class ServeConfig(Section):
     mesh: MeshSection = MeshSection()
     cache: CacheSection = CacheSection()
     schedule: ScheduleSection = ScheduleSection()
+    kernels: KernelsSection = KernelsSection()
     listen: ListenSection = ListenSection()
 
 

@@ -11,13 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from serve.errors import DuplicateRequest, InvalidRequest, Unavailable
+from serve.profile import Phase, Profile
 from serve.request import FinishReason, GenerateRequest, Load, Output
 from serve.runner import Pending, Runner
 from serve.scheduler import Scheduler
+from serve.telemetry import RequestClock, RequestTimes, Series
 
 log = logging.getLogger("weft")
 
 Sink = Callable[[Output], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """Who waits for a request's tokens."""
+
+    sink: Sink
+    request: RequestClock
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,10 @@ class Engine:
         self._runner = runner
         self._seeds = seeds
         self._clock = clock
+        self._profile = Profile(clock)
         self._in_flight: Pending | None = None
-        self._sinks: dict[str, Sink] = {}
+        self._clients: dict[str, _Client] = {}
+        self._request_times = RequestTimes()
         self._undelivered: list[Output] = []
         """What sinks have yet to be given, in the order in which it came about."""
         self._delivering = False
@@ -72,7 +84,7 @@ class Engine:
         """Ends the loop after the step under way; requests still running are cancelled."""
         with self._changed:
             self._stopping = self._draining = True
-            for request_id in list(self._sinks):
+            for request_id in list(self._clients):
                 self._cancel(request_id)
             self._changed.notify_all()
         if self._thread.is_alive():
@@ -95,13 +107,14 @@ class Engine:
                 raise Unavailable(f"the engine has failed: {self.failure}")
             if self._draining:
                 raise Unavailable("the server is draining; send the request to another replica")
-            # It may have ended in the scheduler; its sink has yet to be told so.
-            if request.request_id in self._sinks:
+            # It may have ended in the scheduler; its client has yet to be told so.
+            if request.request_id in self._clients:
                 raise DuplicateRequest(
                     f"request {request.request_id!r} is being served; choose another request_id"
                 )
-            self._scheduler.add(request, self._seeds.getrandbits(63), self._clock())
-            self._sinks[request.request_id] = sink
+            now_s = self._clock()
+            self._scheduler.add(request, self._seeds.getrandbits(63), now_s)
+            self._clients[request.request_id] = _Client(sink, RequestClock(now_s))
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -120,7 +133,7 @@ class Engine:
         """Whether every request has ended and been told so, within `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._sinks and not self._delivering, timeout_s
+                lambda: not self._clients and not self._delivering, timeout_s
             )
 
     def load(self) -> Load:
@@ -141,25 +154,45 @@ class Engine:
                 draining=self._draining,
             )
 
+    def series(self) -> list[Series]:
+        """Times of requests and of steps, to be exported."""
+        return [*self._request_times.series(), *self._profile.series()]
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """Where its steps' time goes: one, as there is one for each replica."""
+        return [self._profile]
+
     def step(self) -> None:
         """One turn: the next step is on its way before the last one's tokens are read."""
-        with self._changed:
+        step = self._profile.begin()
+        with step.phase(Phase.SCHEDULE), self._changed:
             plan = self._scheduler.schedule(self._clock())
-        pending = self._runner.submit(plan) if plan else None
+        pending = self._runner.submit(plan, step) if plan else None
         last, self._in_flight = self._in_flight, pending
         if last:
             self._commit(last)
-        self._deliver()
+        else:
+            self._deliver()
 
     def _commit(self, pending: Pending) -> None:
-        results = pending.results()
-        with self._changed:
-            self._undelivered += self._scheduler.commit(pending.plan, results, self._clock())
+        """Takes in what a step chose, and gives it to those who wait for it."""
+        step = pending.step
+        with step.phase(Phase.DEVICE):
+            pending.wait()
+        with step.phase(Phase.COMMIT):
+            results = pending.results()
+            with self._changed:
+                self._undelivered += self._scheduler.commit(pending.plan, results, self._clock())
+        with step.phase(Phase.DELIVER):
+            self._deliver()
+        self._profile.finish(step)
 
     def _deliver(self) -> None:
         with self._changed:
             outputs, self._undelivered = self._undelivered, []
-            sinks = [self._sink(output) for output in outputs]
+            now_s = self._clock()
+            sinks = [self._sink(output, now_s) for output in outputs]
             self._delivering = bool(outputs)
         for sink, output in zip(sinks, outputs, strict=True):
             sink(output)
@@ -168,13 +201,19 @@ class Engine:
                 self._delivering = False
                 self._changed.notify_all()
 
-    def _sink(self, output: Output) -> Sink:
-        self._num_generated += len(output.token_ids)
-        if output.finish_reason is None:
-            return self._sinks[output.request_id]
-        self._num_finished += 1
-        self._num_prompt += output.usage.prompt_tokens if output.usage else 0
-        return self._sinks.pop(output.request_id)
+    def _sink(self, output: Output, now_s: float) -> Sink:
+        """Who gets `output`, which is counted."""
+        client = self._clients[output.request_id]
+        if output.token_ids:
+            self._num_generated += len(output.token_ids)
+            self._request_times.given(client.request, len(output.token_ids), now_s)
+        if output.finish_reason is not None:
+            self._num_finished += 1
+            self._num_prompt += output.usage.prompt_tokens if output.usage else 0
+            if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._request_times.served(client.request, now_s)
+            del self._clients[output.request_id]
+        return client.sink
 
     def _cancel(self, request_id: str) -> None:
         if output := self._scheduler.abort(request_id, self._clock()):
@@ -191,6 +230,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleeps while there is nothing to do; False when the loop is to end."""
         with self._changed:
+            if not self._has_work():
+                self._profile.idle()
             self._changed.wait_for(lambda: self._stopping or self._has_work())
             return self._has_work()
 
@@ -200,15 +241,15 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self.failure = error
-            for request_id in self._sinks:
+            for request_id in self._clients:
                 self._scheduler.abort(request_id, self._clock())
-            sinks, self._sinks = self._sinks, {}
+            clients, self._clients = self._clients, {}
             self._delivering = True
         ended = Output(
             "", (), finish_reason=FinishReason.ERROR, error=f"the engine failed: {error}"
         )
-        for request_id, sink in sinks.items():
-            sink(replace(ended, request_id=request_id))
+        for request_id, client in clients.items():
+            client.sink(replace(ended, request_id=request_id))
         with self._changed:
             self._delivering = False
             self._changed.notify_all()

@@ -5,7 +5,10 @@ cannot drift apart. It does not know the scheduler's rules.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,8 @@ from numpy.typing import NDArray
 
 from model.sampling import Sampling
 from model.step import Batch, Rows, StepShape
-from serve.plan import Row, Sequence, StepPlan
+from serve.plan import Row, StepPlan
+from serve.plan import Sequence as Running
 from serve.request import MAX_STOP_IDS, GenerateRequest, SamplingParams
 
 HEADER = 2
@@ -40,7 +44,7 @@ SAMPLING_COLUMNS: dict[str, tuple[type, int]] = {
 SAMPLING_WIDTH = sum(width for _, width in SAMPLING_COLUMNS.values())
 
 
-def sampling_row(sequence: Sequence, vocab_size: int) -> NDArray[np.int32]:
+def sampling_row(sequence: Running, vocab_size: int) -> NDArray[np.int32]:
     """A sequence's sampling parameters as columns [SAMPLING_WIDTH]; floats keep their bits."""
     sampling = sequence.request.sampling
     end_ids = sorted(id_ for id_ in sequence.end_ids if 0 <= id_ < vocab_size)
@@ -64,7 +68,7 @@ def sampling_row(sequence: Sequence, vocab_size: int) -> NDArray[np.int32]:
 def padding_row(vocab_size: int) -> NDArray[np.int32]:
     """The columns of rows that are nobody's: greedy, without an end."""
     request = GenerateRequest("", (0,), SamplingParams(temperature=0.0))
-    nobody = Sequence(request, 0, 0.0, 1, frozenset(), 0, [0], 1)
+    nobody = Running(request, 0, 0.0, 1, frozenset(), 0, [0], 1)
     return sampling_row(nobody, vocab_size)
 
 
@@ -109,8 +113,8 @@ class Packing:
         rows = np.zeros((M, B + G, len(ROW_COLUMNS)), np.int32)
         rows[..., 0] = padding
         rows[..., 4] = 1
-        _fill(rows[:, :B], [_columns(row) for row in plan.decode])
-        _fill(rows[:, B:], [_columns(row) for row in plan.chunks])
+        _fill(rows[:, :B], plan.decode)
+        _fill(rows[:, B:], plan.chunks)
         tokens = np.zeros((M, G, T), np.int32)
         targets = np.zeros((M, G, T), np.int32)
         for i, row in enumerate(plan.chunks):
@@ -143,17 +147,19 @@ class Packing:
         )
 
 
-def _columns(row: Row) -> tuple[int, ...]:
-    sampled = int(row.num_tokens > 0)
-    return (row.slot, row.start, row.length, row.num_output, row.remaining, sampled)
+_columns = attrgetter("slot", "start", "length", "num_output", "remaining", "num_tokens")
+"""A row's ROW_COLUMNS, but for the last: whether it is sampled is whether it is given tokens."""
 
 
-def _fill(rows: NDArray[np.int32], columns: list[tuple[int, ...]]) -> None:
-    """Deals `columns` to micro-batches in order: the first fills up before the second begins."""
-    width = rows.shape[1]
-    for first in range(0, len(columns), max(width, 1)):
-        some = columns[first : first + width]
-        rows[first // width, : len(some)] = some
+def _fill(columns: NDArray[np.int32], rows: Sequence[Row]) -> None:
+    """Deals `rows` to micro-batches in order: the first fills up before the second begins."""
+    values = np.fromiter(chain.from_iterable(map(_columns, rows)), np.int32)
+    values = values.reshape(len(rows), len(ROW_COLUMNS))
+    values[:, -1] = values[:, -1] > 0
+    width = columns.shape[1]
+    for first in range(0, len(rows), max(width, 1)):
+        some = values[first : first + width]
+        columns[first // width, : len(some)] = some
 
 
 def _unpack_sampling(columns: jax.Array) -> Sampling:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.kernels.choice import Kernels, kernels_for
+from model.pages import Pages, empty_pages
 from model.partition import Partition, abstract_weights, weight_specs
 from model.sampling import History
 from model.step import State, StepOutput, StepShape, step
@@ -50,20 +52,18 @@ class CacheShape:
 
     def page_bytes(self, partition: Partition) -> int:
         """Bytes one page takes on each device: K and V of all its layers."""
-        model = partition.fitted
-        token = model.num_kv_heads // partition.tensor * (model.head_dim + model.value_dim)
-        layer = self.page_size * token * jnp.dtype(self.dtype).itemsize
-        return partition.layers_per_stage * layer
+        layer = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pages(partition)))
+        devices = partition.stages * partition.tensor
+        return partition.layers_per_stage * layer // (self.num_pages * devices)
 
-    def arrays(self, partition: Partition) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Keys and values of one layer slot over all devices."""
+    def pages(self, partition: Partition) -> Pages:
+        """The shapes of one layer slot's keys and values over all devices."""
+        return jax.eval_shape(lambda: self.empty(partition))
+
+    def empty(self, partition: Partition) -> Pages:
         model = partition.fitted
         shape = (partition.stages, self.num_pages, self.page_size, model.num_kv_heads)
-        keys, values = (
-            jax.ShapeDtypeStruct((*shape, width), self.dtype)
-            for width in (model.head_dim, model.value_dim)
-        )
-        return keys, values
+        return empty_pages((*shape, model.head_dim), (*shape, model.value_dim), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,23 @@ class Programs:
     limits: Limits
     table_width: int
     dtype: Any
+    asked_kernels: Kernels | None = None
+    """None: those chosen for the mesh's devices."""
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.asked_kernels or kernels_for(self.mesh.devices.flat[0].platform)
 
     def abstract_weights(self) -> tuple[Any, Any]:
         """The decoder's graph, and its weights as shapes."""
-        return abstract_weights(self.partition, self.dtype)
+        return abstract_weights(self.partition, self.dtype, self.kernels)
 
     def empty_state(self) -> State:
         """An empty cache and free slots."""
-        keys, values = self.cache.arrays(self.partition)
         slots, vocab = self.limits.max_batch + 1, self.partition.config.vocab_size
         return State(
             pages=[
-                (jnp.zeros(keys.shape, keys.dtype), jnp.zeros(values.shape, values.dtype))
-                for _ in range(self.partition.layers_per_stage)
+                self.cache.empty(self.partition) for _ in range(self.partition.layers_per_stage)
             ],
             last_token=jnp.zeros((slots,), jnp.int32),
             ended=jnp.zeros((slots,), jnp.bool_),
@@ -164,8 +168,8 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def _state_spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """Pages have five axes; all else in the state is replicated."""
-    return PAGES if leaf.ndim == 5 else REPLICATED
+    """Pages have five axes and their scales four; all else in the state is replicated."""
+    return PAGES if leaf.ndim >= 4 else REPLICATED
 
 
 def _map_pages(function: Callable[[jax.Array], jax.Array], state: State) -> State:

@@ -10,7 +10,9 @@ from dataclasses import fields, replace
 
 from serve.engine import Engine, ModelInfo, Sink
 from serve.errors import DuplicateRequest
+from serve.profile import Profile
 from serve.request import GenerateRequest, Load, Output
+from serve.telemetry import Series, add_up
 
 
 class Replicas:
@@ -65,6 +67,13 @@ class Replicas:
             if field.name != "draining"
         }
         return Load(**totals, draining=draining)
+
+    def series(self) -> list[Series]:
+        return add_up([engine.series() for engine in self._engines])
+
+    @property
+    def profiles(self) -> list[Profile]:
+        return [profile for engine in self._engines for profile in engine.profiles]
 
     def drain(self) -> None:
         for engine in self._engines:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
 from serve.packing import SAMPLING_WIDTH, padding_row, sampling_row
-from serve.plan import Row, Sequence, StepPlan
+from serve.plan import Sequence, StepPlan
+from serve.profile import Kind, Phase, Step, Work
 from serve.programs import Programs, step_shapes
 from serve.request import TokenLogprobs
 from serve.scheduler import RowResult
-from sharding.rules import REPLICATED
 
 log = logging.getLogger("weft")
 
@@ -39,7 +39,8 @@ class Runner:
         """Programs compiled after `compile_all`: each is a step that waited."""
         self._weights = jax.tree.leaves(weights)
         self._state = programs.new_state()
-        self._replicated = programs.shardings(REPLICATED)
+        # On a CPU the host reads the device's memory as it is.
+        self._copies_ahead = programs.mesh.devices.flat[0].platform != "cpu"
         self._compiled: dict[StepShape, Any] = {}
         self._is_warm = False
         self._tables = tables
@@ -47,15 +48,23 @@ class Runner:
         self._sampling = np.zeros((programs.limits.max_batch + 1, SAMPLING_WIDTH), np.int32)
         self._sampling[-1] = padding_row(self._vocab_size)
 
-    def submit(self, plan: StepPlan) -> "Pending":
-        """Dispatches the plan's step and returns at once."""
-        for sequence in plan.admitted:
-            self._admit(sequence)
-        shape = self._bucket(plan)
-        packed = self.programs.packing(shape).pack(plan, self._sampling, self._tables)
-        packed = jax.device_put(packed, self._replicated)
-        self._state, output = self._program(shape)(self._weights, self._state, packed)
-        return Pending(plan, shape, self.programs.partition.stages, output)
+    def submit(self, plan: StepPlan, step: Step) -> "Pending":
+        """Dispatches the plan and returns at once; the times it takes go into `step`."""
+        with step.phase(Phase.PACK):
+            for sequence in plan.admitted:
+                self._admit(sequence)
+            shape = self._bucket(plan)
+            packed = self.programs.packing(shape).pack(plan, self._sampling, self._tables)
+        if shape not in self._compiled:
+            with step.phase(Phase.COMPILE):
+                self._compile_late(shape)
+        with step.phase(Phase.DISPATCH):
+            # NumPy's array goes in as it is: `device_put` first costs more than the rest of a call.
+            self._state, output = self._compiled[shape](self._weights, self._state, packed)
+            if self._copies_ahead:
+                output.tokens.copy_to_host_async()
+        step.dispatched(_work(plan, shape), output.tokens.is_ready)
+        return Pending(plan, shape, self.programs.partition.stages, output, step)
 
     def compile_all(self, progress: Callable[[str, int], None] = lambda name, done: None) -> None:
         """Compiles every bucket; afterwards no plan compiles anything.
@@ -81,13 +90,11 @@ class Runner:
         assert fitting, f"no bucket for {len(plan.decode)} + {len(plan.chunks)} rows"
         return min(fitting, key=lambda s: (s.num_chunks, s.num_decode, s.max_tokens))
 
-    def _program(self, shape: StepShape) -> Any:
-        if shape not in self._compiled:
-            if self._is_warm:
-                self.num_compiled_late += 1
-                log.warning("compiling %s while serving", _describe(shape))
-            self._compile(shape)
-        return self._compiled[shape]
+    def _compile_late(self, shape: StepShape) -> None:
+        if self._is_warm:
+            self.num_compiled_late += 1
+            log.warning("compiling %s while serving", _describe(shape))
+        self._compile(shape)
 
     def _compile(self, shape: StepShape) -> StepShape:
         started = time.monotonic()
@@ -135,46 +142,56 @@ class Pending:
     shape: StepShape
     micro_batches: int
     output: StepOutput
+    step: Step
+    """Its times."""
+
+    def wait(self) -> None:
+        """Until the step's tokens are on the host."""
+        np.asarray(self.output.tokens)
 
     def results(self) -> list[RowResult]:
         """Waits for the step; one result per row of the plan, in its order."""
-        tokens_KR = _by_row(self.output.tokens)
-        samplings = [row.sequence.request.sampling for row in self.plan.rows]
-        logprobs = prompt = None
-        if any(sampling.logprobs is not None for sampling in samplings):
-            logprobs = jax.tree.map(_by_row, self.output.logprobs)
-        if any(row.targets for row in self.plan.chunks):
-            prompt = jax.tree.map(np.asarray, self.output.prompt_logprobs)
+        tokens_RK = _by_row(self.output.tokens).T.tolist()
         results: list[RowResult] = []
-        for i, (row, sampling) in enumerate(zip(self.plan.rows, samplings, strict=True)):
+        for i, (row, place) in enumerate(zip(self.plan.rows, self._places(), strict=True)):
+            token_ids = tokens_RK[place][: row.num_tokens]
+            sampling = row.sequence.request.sampling
             chosen: list[TokenLogprobs] = []
             before: list[TokenLogprobs] = []
-            place = self._place(i)
-            token_ids = tokens_KR[: row.num_tokens, place].tolist()
-            if logprobs is not None and sampling.logprobs is not None:
-                chosen = _logprobs(token_ids, logprobs, np.s_[:, place], sampling.logprobs)
-            if prompt is not None and row.targets:
+            if sampling.logprobs is not None:
+                at = np.s_[:, place]
+                chosen = _logprobs(token_ids, self._chosen_logprobs, at, sampling.logprobs)
+            if row.targets:
                 num_top = sampling.prompt_logprobs or 0
-                before = self._prompt_logprobs(row, i, prompt, num_top)
+                at = divmod(i - len(self.plan.decode), self._rows_per_micro_batch[1])
+                before = _logprobs(row.targets, self._prompt_logprobs, at, num_top)
             results.append(RowResult(token_ids, chosen, before))
         return results
 
-    def _place(self, i: int) -> int:
-        """Where row i of the plan stands among all micro-batches' rows."""
-        decode = self.shape.num_decode // self.micro_batches
-        chunks = self.shape.num_chunks // self.micro_batches
-        num_decode = len(self.plan.decode)
-        if i < num_decode:
-            return i // decode * (decode + chunks) + i % decode
-        i -= num_decode
-        return i // chunks * (decode + chunks) + decode + i % chunks
+    @property
+    def _rows_per_micro_batch(self) -> tuple[int, int]:
+        """Decode rows and prefill rows."""
+        return (
+            self.shape.num_decode // self.micro_batches,
+            self.shape.num_chunks // self.micro_batches,
+        )
 
-    def _prompt_logprobs(
-        self, row: Row, i: int, found: Logprobs, num_top: int
-    ) -> list[TokenLogprobs]:
-        chunks = self.shape.num_chunks // self.micro_batches
-        place = divmod(i - len(self.plan.decode), chunks)
-        return _logprobs(row.targets, found, place, num_top)
+    def _places(self) -> list[int]:
+        """Where each row of the plan stands among all micro-batches' rows."""
+        B, G = self._rows_per_micro_batch
+        decode = [i // B * (B + G) + i % B for i in range(len(self.plan.decode))]
+        chunks = [i // G * (B + G) + B + i % G for i in range(len(self.plan.chunks))]
+        return decode + chunks
+
+    @cached_property
+    def _chosen_logprobs(self) -> Logprobs:
+        """[K, rows of all micro-batches]."""
+        return jax.tree.map(_by_row, self.output.logprobs)
+
+    @cached_property
+    def _prompt_logprobs(self) -> Logprobs:
+        """[M, R, T] of the prefill rows."""
+        return jax.tree.map(np.asarray, self.output.prompt_logprobs)
 
 
 def _by_row(array: jax.Array) -> np.ndarray:
@@ -194,6 +211,16 @@ def _logprobs(
         TokenLogprobs(token, chosen[i], tuple(top_ids[i][:num_top]), tuple(top[i][:num_top]))
         for i, token in enumerate(token_ids)
     ]
+
+
+def _work(plan: StepPlan, shape: StepShape) -> Work:
+    if plan.chunks:
+        kind = Kind.MIXED if plan.decode else Kind.PREFILL
+    else:
+        kind = Kind.LOOP if shape.max_tokens > 1 else Kind.DECODE
+    num_tokens = sum(row.num_tokens for row in plan.decode)
+    num_tokens += sum(row.length for row in plan.chunks)
+    return Work(kind, _describe(shape), len(plan.decode) + len(plan.chunks), num_tokens)
 
 
 def _describe(shape: StepShape) -> str:

@@ -7,6 +7,7 @@ the same code runs in the server, the tests and the simulator.
 import heapq
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
@@ -50,8 +51,7 @@ class Limits:
         return max(1, self.token_budget // self.chunk)
 
 
-@dataclass(frozen=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What a step chose for one row."""
 
     token_ids: ListLike[int]
@@ -166,19 +166,23 @@ class Scheduler:
         num_tokens = self._num_tokens()
         rows: list[Row] = []
         for sequence in list(self.running):
-            if sequence.slot is None or sequence.prefilling or sequence.remaining <= 0:
+            slot, remaining = sequence.slot, sequence.remaining
+            if slot is None or remaining <= 0 or sequence.prefilling:
                 continue
-            advance = min(num_tokens, sequence.remaining)
-            if not self._make_room(sequence, sequence.num_computed + advance):
+            advance = min(num_tokens, remaining)
+            start = sequence.num_computed
+            end = start + advance
+            if end > self.tables.capacity(slot) and not self._make_room(sequence, end):
                 continue
-            rows.append(self._row(sequence, sequence.num_computed, 1, advance))
-            sequence.num_computed += advance
+            num_output = sequence.num_output
+            rows.append(Row(sequence, slot, start, 1, num_output, remaining, advance))
+            sequence.num_computed = end
             sequence.num_in_flight += advance
         return rows, num_tokens
 
     def _num_tokens(self) -> int:
         """How far decode rows go in one call: far when nobody waits and pages suffice, else one."""
-        if self._first_waiting() or any(sequence.prefilling for sequence in self.running):
+        if self.limits.max_steps == 1 or self._first_waiting() or self._first_prefilling():
             return 1
         decodable = [s for s in self.running if s.remaining > 0]
         steps = max((min(self.limits.max_steps, s.remaining) for s in decodable), default=1)
@@ -210,9 +214,8 @@ class Scheduler:
 
     def _next_prefill(self, now_s: float, admitted: list[Sequence]) -> Sequence | None:
         """The next sequence with prompt left to compute, admitting one when there is room."""
-        for sequence in self.running:
-            if sequence.prefilling:
-                return sequence
+        if sequence := self._first_prefilling():
+            return sequence
         sequence = self._first_waiting()
         if sequence is None or not self._free_slots:
             return None
@@ -245,38 +248,20 @@ class Scheduler:
         return rows
 
     def _prefill_row(self, sequence: Sequence, start: int, stop: int) -> Row:
+        assert sequence.slot is not None, "a row needs a slot"
         targets: list[int] = []
         if sequence.request.sampling.prompt_logprobs is not None and not sequence.prompt_reported:
             targets = sequence.tokens[start + 1 : min(stop + 1, sequence.num_prompt)]
-        return self._row(
-            sequence,
-            start,
-            stop - start,
-            int(stop == sequence.prefill_end),
-            tuple(sequence.tokens[start:stop]),
-            tuple(targets),
-        )
-
-    def _row(
-        self,
-        sequence: Sequence,
-        start: int,
-        length: int,
-        num_tokens: int,
-        token_ids: tuple[int, ...] = (),
-        targets: tuple[int, ...] = (),
-    ) -> Row:
-        assert sequence.slot is not None, "a row needs a slot"
         return Row(
             sequence=sequence,
             slot=sequence.slot,
             start=start,
-            length=length,
+            length=stop - start,
             num_output=sequence.num_output,
             remaining=sequence.remaining,
-            num_tokens=num_tokens,
-            token_ids=token_ids,
-            targets=targets,
+            num_tokens=int(stop == sequence.prefill_end),
+            token_ids=tuple(sequence.tokens[start:stop]),
+            targets=tuple(targets),
         )
 
     def commit(self, plan: StepPlan, results: ListLike[RowResult], now_s: float) -> list[Output]:
@@ -360,6 +345,10 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (*_precedence(sequence), sequence))
+
+    def _first_prefilling(self) -> Sequence | None:
+        """The first of those that run with prompt left to compute."""
+        return next((s for s in self.running if s.num_computed < s.prefill_end), None)
 
     def _first_waiting(self) -> Sequence | None:
         """The sequence to admit next."""

@@ -23,6 +23,10 @@ def tensor_index() -> jax.Array | int:
     return lax.axis_index(TENSOR) if lax.axis_size(TENSOR) > 1 else 0
 
 
+def num_tensor() -> int:
+    return lax.axis_size(TENSOR)
+
+
 def vocab_shard_index() -> jax.Array | int:
     """Which piece of the vocabulary this device holds."""
     return stage_index() * lax.axis_size(TENSOR) + tensor_index()

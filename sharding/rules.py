@@ -54,7 +54,8 @@ WEIGHTS: dict[str, P] = {
 """By a weight's name in `model/weights.py`, without its layer."""
 
 PAGES = P(STAGE, None, None, TENSOR)
-"""A layer slot's K or V pages: [stages, pages, page_size, kv_heads, head_dim or value_dim]."""
+"""A layer slot's K or V pages: [stages, pages, page_size, kv_heads, head_dim or value_dim]; of
+int8 pages the scales, too, without the last axis."""
 
 REPLICATED = P()
 """What every device holds whole: slot state, the step's packed metadata, sampled tokens."""

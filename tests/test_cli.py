@@ -328,7 +328,7 @@ def test_doctor_names_each_fault_and_its_remedy() -> None:
             "jax-cuda13-plugin": "0.11.2",
         },
         devices=[Device("cpu", "cpu", None)],
-        attention="model.kernels.paged_attention",
+        kernels={"decode_attention": "xla"},
     )
     environment = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer= --other=1"}
     problems = {problem.what: problem.remedy for problem in diagnose(machine, environment)}

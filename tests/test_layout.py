@@ -18,14 +18,15 @@ MAY_IMPORT = {
     "cache": set[str](),
     "model": {"sharding"},
     "serve": {"model", "sharding", "cache"},
+    "plan": {"model", "sharding", "cache", "serve"},
 }
 """What each package stands on, itself aside. Those that aren't here stand on all."""
 
 COMMAND_LINE = ("serve/cli.py", "serve/commands/")
 """It starts whatever a user may ask for, so it stands above all packages."""
 
-OTHER_ENVIRONMENTS = ("bench/peers/", "tools/gpu_check.py")
-"""Run where there is more than pyproject.toml declares: a peer's packages, the gpu_aot tool."""
+OTHER_ENVIRONMENTS = ("bench/peers/", "plan/pictures.py")
+"""Run where there is more than pyproject.toml declares: a peer's packages, matplotlib."""
 
 PACKAGES = sorted({path.parent.name for path in ROOT.glob("[!.]*/*.py")})
 

@@ -1,106 +1,300 @@
-"""Compiles the step for an H200, where there is none, and fails when it copies its cache.
+"""Compiles the steps for H200s that are not there, and fails when one costs more than its budget.
 
-It needs the gpu_aot tool on the path (`make gpu-check`). It cannot time anything: see that tool's
-page.
+    make gpu-check                          # all, against configs/budgets/h200.toml
+    make gpu-check ARGS=--update            # rewrites that file from what is found
+    make gpu-check ARGS='--list "decode 64"'   # one layer's work, in order
+
+It can't time anything (`plan/described.py`): launches and bytes are what it holds the steps to.
 """
 
 import argparse
+import math
+import multiprocessing
+import os
+import shlex
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
-import gpu_aot  # pyright: ignore[reportMissingImports]
 import jax.numpy as jnp
 
-from model.config import Layer, ModelConfig, Rope
 from model.partition import Partition
 from model.step import StepShape
+from plan.compiled import Kind, Operation, Program, examine, launches
+from plan.described import CompilerMissing, compile_described, described_mesh
+from plan.models import load_model
 from serve.programs import CacheShape, Programs
 from serve.scheduler import Limits
+from sharding.mesh import MeshShape
+from tools.budgets import (
+    BudgetError,
+    Case,
+    Cost,
+    Traffic,
+    could_shrink,
+    exceeded,
+    read_budgets,
+    write_budgets,
+)
+
+BUDGETS = Path(__file__).parents[1] / "configs" / "budgets" / "h200.toml"
 
 LIMITS = Limits(
-    max_batch=64, token_budget=512, chunk=128, max_steps=8, max_queue=1, max_context=8192
+    max_batch=64, token_budget=2048, chunk=512, max_steps=8, max_queue=1, max_context=8192
 )
-STEPS = {
-    "decode": StepShape(64, 0, 128, 1),
-    "decode loop": StepShape(64, 0, 128, 8),
-    "mixed": StepShape(64, 4, 128, 1),
+CACHE = CacheShape(num_pages=8192, page_size=64, dtype=jnp.bfloat16)
+MODELS = ("llama-3.1-8b", "qwen3-0.6b")
+MESHES = {
+    str(shape): shape for shape in (MeshShape(), MeshShape(tensor=8), MeshShape(stage=2, tensor=4))
 }
-NUM_PAGES = 8192
-"""Enough that a layer's pages are larger than anything else a step may copy, such as logits."""
+STEPS = {
+    "decode 1": StepShape(1, 0, LIMITS.chunk, 1),
+    "decode 64": StepShape(64, 0, LIMITS.chunk, 1),
+    "loop 64": StepShape(64, 0, LIMITS.chunk, LIMITS.max_steps),
+    "prefill": StepShape(0, 4, LIMITS.chunk, 1),
+    "mixed": StepShape(64, 4, LIMITS.chunk, 1),
+}
+"""Decode rows, or prefill rows of 512 tokens, or both."""
+CASES = [
+    (model, mesh, step)
+    for model in MODELS
+    for mesh in MESHES
+    for step in STEPS
+    if mesh == str(MeshShape()) or step not in ("decode 1", "loop 64")
+]
+"""One row and the loop differ from 64 rows in what one device shows: that is two minutes less."""
+
+FEW, MORE = 2, 4
+"""Layers of a stage in the two programs that are compiled for each case. What one more layer costs
+is half their difference; the rest is outside of layers. All layers are alike."""
+
+LARGE = 64 * 2**10
+"""Bytes from which a copy or slice counts. A step's packed metadata is smaller."""
+
+TABLE = "{:13} {:17} {:10} {:>9} {:>11} {:>9} {:>9} {:>6} {:>9}   {}"
 
 
-def llama_8b(num_layers: int) -> ModelConfig:
-    """Llama 3.1 8B's shapes; fewer layers compile faster and show the same."""
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=128256,
-        hidden_size=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_size=14336,
-        layers=(Layer(Rope(500000.0)),) * num_layers,
-        max_context=8192,
-        norm_eps=1e-5,
-        dtype="bfloat16",
-        attention_scale=128**-0.5,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    models, meshes = arguments.model or MODELS, arguments.mesh or list(MESHES)
+    try:
+        if arguments.list:
+            case = (models[0], meshes[0], arguments.list)
+            print("\n".join(listing(*(compile_case(case, layers) for layers in (FEW, MORE)))))
+            return 0
+        chosen = product(models, meshes, arguments.step or STEPS)
+        return check([case for case in chosen if case in CASES], BUDGETS, arguments.update)
+    except (BudgetError, CompilerMissing) as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 1
 
 
-@dataclass(frozen=True)
-class Finding:
-    step: str
-    mesh: str
-    copies: int
-    copied_bytes: int
-    aliased_bytes: int
-    page_bytes: int
-
-    @property
-    def good(self) -> bool:
-        return not self.copied_bytes and self.aliased_bytes >= self.page_bytes
-
-
-def check(name: str, shape: StepShape, stages: int, tensor: int, num_layers: int) -> Finding:
-    partition = Partition(llama_8b(num_layers), stages, tensor)
-    cache = CacheShape(num_pages=NUM_PAGES, page_size=64, dtype=jnp.bfloat16)
-    mesh = gpu_aot.mesh(stage=stages, tensor=tensor)
-    programs = Programs(partition, mesh, cache, LIMITS, 128, jnp.bfloat16)
-    step, arguments = programs.jit_step(shape), programs.abstract_arguments(shape)
-    shardings = programs.shardings(programs.argument_cuts())
-    compiled = gpu_aot.compile_for_h200(step, arguments, in_shardings=shardings)
-    keys, _ = cache.arrays(partition)
-    layer_bytes = keys.size * keys.dtype.itemsize // (stages * tensor)
-    report = gpu_aot.report(compiled, larger_than=layer_bytes // 2)
-    return Finding(
-        step=name,
-        mesh=f"stage={stages},tensor={tensor}",
-        copies=len(report.copies),
-        copied_bytes=sum(copy.size * copy.runs for copy in report.copies),
-        aliased_bytes=report.aliased_bytes,
-        page_bytes=cache.page_bytes(partition) * cache.num_pages,
-    )
+def check(cases: Sequence[Case], path: Path, update: bool) -> int:
+    """Finds the cost of every case, as many at once as there are cores; a line for each."""
+    budgets = read_budgets(path)
+    if not cases:
+        raise BudgetError(f"none is checked of the steps asked for; {len(CASES)} others are")
+    print(_header(), flush=True)
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    found: dict[Case, Cost] = {}
+    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), context) as pool:
+        for case, cost in zip(cases, pool.map(case_cost, cases), strict=True):
+            found[case] = cost
+            print(row(case, cost), flush=True)
+    print(f"{len(cases)} steps compiled in {time.monotonic() - started:.0f} s")
+    if update:
+        budgets |= found
+        write_budgets(path, {case: budgets[case] for case in CASES if case in budgets})
+        print(f"wrote {path}")
+    complaints, remarks = judge(found, budgets)
+    print("\n".join([*complaints, *remarks]) or "each within its budget")
+    return 1 if complaints else 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
-    arguments = parser.parse_args()
-    bad = 0
-    for stages, tensor in ((1, 1), (1, 8), (2, 4)):
-        for name, shape in STEPS.items():
-            started = time.monotonic()
-            finding = check(name, shape, stages, tensor, arguments.layers)
-            bad += not finding.good
-            print(
-                f"{'ok ' if finding.good else 'BAD'} {finding.mesh} {finding.step}: "
-                f"{finding.copied_bytes:,} bytes copied in {finding.copies} copies, "
-                f"{finding.aliased_bytes:,} of {finding.page_bytes:,} bytes of pages aliased "
-                f"({time.monotonic() - started:.0f} s)",
-                flush=True,
+def judge(found: dict[Case, Cost], budgets: dict[Case, Cost]) -> tuple[list[str], list[str]]:
+    """What is wrong, and what may be worth knowing."""
+    complaints: list[str] = []
+    loose: list[Case] = []
+    for case, cost in found.items():
+        name = ", ".join(case)
+        if cost.lost_bytes:
+            complaints.append(
+                f"{name}: {cost.lost_bytes:,} donated bytes are not taken over by an output"
             )
-    return 1 if bad else 0
+        if case not in budgets:
+            complaints.append(f"{name}: has no budget; add it by {_command([case])}")
+            continue
+        budget = replace(budgets[case], lost_bytes=cost.lost_bytes)
+        complaints += [f"{name}: {part}" for part in exceeded(cost, budget)]
+        if could_shrink(cost, budget):
+            loose.append(case)
+    if not loose:
+        return complaints, []
+    return complaints, [f"{len(loose)} could be lower; lower them by {_command(loose)}"]
+
+
+def case_cost(case: Case) -> Cost:
+    return cost_of(compile_case(case, FEW), compile_case(case, MORE))
+
+
+def compile_case(case: Case, layers: int) -> Program:
+    """The step with `layers` layers on each stage."""
+    model, mesh, step = case
+    shape, step_shape = MESHES[mesh], STEPS[step]
+    if 0 < step_shape.num_decode < shape.stage:
+        step_shape = replace(step_shape, num_decode=shape.stage)  # a row for each micro-batch
+    partition = Partition(load_model(model, layers * shape.stage), shape.stage, shape.tensor)
+    table_width = LIMITS.max_context // CACHE.page_size
+    programs = Programs(partition, described_mesh(shape), CACHE, LIMITS, table_width, jnp.bfloat16)
+    compiled = compile_described(
+        programs.jit_step(step_shape),
+        programs.abstract_arguments(step_shape),
+        programs.shardings(programs.argument_cuts()),
+    )
+    return examine(compiled)
+
+
+def cost_of(few: Program, more: Program) -> Cost:
+    """What a step costs, from its programs of FEW and of MORE layers."""
+
+    def layer_and_rest(count: Callable[[Program], int]) -> tuple[int, int]:
+        layer = math.ceil((count(more) - count(few)) / (MORE - FEW))
+        return max(layer, 0), max(count(more) - MORE * layer, 0)
+
+    layer_launches, launched = layer_and_rest(lambda program: program.num_launches)
+    layer_loops, loops = layer_and_rest(_num_loops)
+    layer_traffic: Traffic = {}
+    traffic: Traffic = {}
+    for kind in more.collectives:
+        runs, sent = (
+            layer_and_rest(lambda program, kind=kind, i=i: program.collectives.get(kind, (0, 0))[i])
+            for i in (0, 1)
+        )
+        layer_traffic |= {kind: (runs[0], sent[0])} if runs[0] else {}
+        traffic |= {kind: (runs[1], sent[1])} if runs[1] else {}
+    return Cost(
+        layer_launches=layer_launches,
+        layer_loops=layer_loops,
+        layer_collectives=layer_traffic,
+        launches=launched,
+        loops=loops,
+        collectives=traffic,
+        copy_bytes=more.moved_bytes(Kind.COPY, LARGE),
+        slice_bytes=more.moved_bytes(Kind.SLICE, LARGE),
+        sorts=len(more.of(Kind.SORT)),
+        callbacks=len(more.of(Kind.CALLBACK)),
+        temp_bytes=more.temp_bytes,
+        lost_bytes=more.donated_bytes - more.aliased_bytes,
+    )
+
+
+def _num_loops(program: Program) -> int:
+    return sum(op.runs for op in program.of(Kind.LOOP, Kind.BRANCH) if not op.optional)
+
+
+def listing(few: Program, more: Program) -> list[str]:
+    """The work of one layer in order, then that of the step but for its layers."""
+    operations = more.operations
+    most = (len(operations) - len(few.operations)) // (MORE - FEW)
+    layer = repeated(operations, most)
+    if not layer:
+        title = f"no stretch of {most} operations repeats; the whole step of {MORE} layers:"
+        return [title, *_lines(operations)]
+    rest = Counter(operations)
+    rest.subtract({op: MORE * count for op, count in Counter(layer).items()})
+    outside: list[Operation] = []
+    for operation in operations:
+        if rest[operation] > 0:
+            rest[operation] -= 1
+            outside.append(operation)
+    return [
+        f"one layer, from where the pattern begins: {_num_launches(layer)} launches",
+        *_lines(layer),
+        "",
+        f"the rest of the step: {_num_launches(outside)} launches, and those of branches",
+        *_lines(outside),
+    ]
+
+
+def repeated(operations: Sequence[Operation], most: int) -> Sequence[Operation]:
+    """The longest stretch, of more than half of `most` operations, that comes twice in a row."""
+    for length in range(most, most // 2, -1):
+        for start in range(len(operations) - 2 * length + 1):
+            middle, end = start + length, start + 2 * length
+            if operations[start:middle] == operations[middle:end]:
+                return operations[start:middle]
+    return ()
+
+
+def _lines(operations: Iterable[Operation]) -> list[str]:
+    return [
+        f"{'  ' * op.depth + op.kind:16} {op.what:34.34} {op.place:36} {op.num_bytes:>15,}"
+        f"{f' x{op.runs}' if op.runs > 1 else ''}{' (in a branch)' if op.optional else ''}"
+        for op in operations
+    ]
+
+
+def _num_launches(operations: Iterable[Operation]) -> int:
+    return sum(op.runs for op in operations if launches(op) and not op.optional)
+
+
+def _header() -> str:
+    names = ("copied", "sliced", "sorts", "temp")
+    return TABLE.format(
+        "model", "mesh", "step", "per layer", "other", *names, "collectives per layer; other"
+    )
+
+
+def row(case: Case, cost: Cost) -> str:
+    """A line of the table: launches and, after a plus, loops and branches."""
+    sizes = (cost.copy_bytes, cost.slice_bytes)
+    return TABLE.format(
+        *case,
+        f"{cost.layer_launches}+{cost.layer_loops}",
+        f"{cost.launches}+{cost.loops}",
+        *(_size(size) for size in sizes),
+        cost.sorts,
+        _size(cost.temp_bytes),
+        f"{_shown(cost.layer_collectives)}; {_shown(cost.collectives)}",
+    )
+
+
+def _size(num_bytes: int) -> str:
+    if not num_bytes:
+        return "0"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"
+
+
+def _shown(traffic: Traffic) -> str:
+    shown = [f"{runs} {kind} of {_size(sent)}" for kind, (runs, sent) in traffic.items()]
+    return ", ".join(shown) or "none"
+
+
+def _command(cases: Sequence[Case]) -> str:
+    """What rewrites the budgets of `cases` alone."""
+    chosen = [sorted(set(part)) for part in zip(*cases, strict=True)]
+    every = [sorted(MODELS), sorted(MESHES), sorted(STEPS)]
+    words = ["--update"]
+    for option, some, whole in zip(("--model", "--mesh", "--step"), chosen, every, strict=True):
+        if some != whole:
+            words += [word for name in some for word in (option, name)]
+    return f"make gpu-check ARGS={shlex.quote(shlex.join(words))}"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--mesh", action="append", choices=MESHES)
+    parser.add_argument("--step", action="append", choices=STEPS)
+    parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name}")
+    parser.add_argument("--list", metavar="STEP", choices=STEPS, help="print a layer's work")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

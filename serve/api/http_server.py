@@ -1,18 +1,30 @@
 """The HTTP endpoint: `/metrics` for Prometheus, named as vLLM names them, and `/health`.
 
-It does not know requests: what it tells is what `Engine.load` says when it is asked.
+It does not know requests: what it tells is what the engine says when it is asked.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from itertools import accumulate, groupby
+from typing import Protocol, Self
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 
-from serve.front import Engine
+from serve import front
+from serve.telemetry import Histogram, Series
+
+
+class Engine(front.Engine, Protocol):
+    """What is shown of an engine."""
+
+    def series(self) -> Sequence[Series]: ...
 
 
 class HttpServer:
@@ -45,13 +57,17 @@ class HttpServer:
         self._server.server_close()
 
 
-class LoadCollector:
-    """An engine's load as metrics, read anew at each scrape."""
+class EngineCollector:
+    """An engine's load and times as metrics, read anew at each scrape."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._load()
+        yield from self._histograms()
+
+    def _load(self) -> Iterator[Metric]:
         load = self._engine.load()
         gauges = {
             "num_requests_running": load.num_running,
@@ -72,10 +88,27 @@ class LoadCollector:
                 metric.add_metric(list(labels.values()), value)
                 yield metric
 
+    def _histograms(self) -> Iterator[Metric]:
+        model = self._engine.info.name
+        for name, alike in groupby(self._engine.series(), lambda series: series.name):
+            some = list(alike)
+            labels = ["model_name", *some[0].labels]
+            metric = HistogramMetricFamily(f"weft:{name}", name.replace("_", " "), labels=labels)
+            for series in some:
+                values = [model, *series.labels.values()]
+                metric.add_metric(values, _cumulative(series.histogram), series.histogram.total)
+            yield metric
+
+
+def _cumulative(histogram: Histogram) -> list[tuple[str, int]]:
+    """Prometheus counts in each bucket all that is no larger."""
+    bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
+
 
 def _handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
     registry = CollectorRegistry()
-    registry.register(LoadCollector(engine))
+    registry.register(EngineCollector(engine))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 
 import bench.offline
-from bench.peers.registry import PEERS
 from bench.peers.worker import WorkerError
 from serve.errors import RequestError
 
@@ -21,8 +20,10 @@ def offline(
     as_json: bool,
 ) -> None:
     """Prints the table, or with `as_json` all that it is made of. Raises RequestError."""
-    if unknown := [name for name in peers if name not in PEERS]:
-        raise typer.BadParameter(f"there is no peer {unknown[0]}; there are {', '.join(PEERS)}")
+    try:
+        bench.offline.check(peers, runs, dtype)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     try:
         report = bench.offline.run(
             model,

@@ -19,7 +19,7 @@ import psutil
 
 from model.checkpoint import CheckpointError
 from model.families import UnsupportedModel, read_model_config
-from model.kernels import paged_attention
+from model.kernels.choice import kernels_for
 from model.partition import Partition
 from serve.commands.devices import ensure_devices
 from serve.config import ServeConfig, load_config
@@ -66,8 +66,8 @@ class Machine:
     """NVIDIA's; empty where there is none."""
     versions: dict[str, str]
     devices: list[Device]
-    attention: str
-    """The module that computes attention over pages."""
+    kernels: dict[str, str]
+    """What computes each operation that has kernels, unless a configuration says otherwise."""
 
 
 def run(config: Path | None, overrides: Sequence[str], as_json: bool) -> bool:
@@ -113,7 +113,7 @@ def examine(devices: list[Device]) -> Machine:
         driver=_driver(),
         versions=dict(_versions()),
         devices=devices,
-        attention=paged_attention.__module__,
+        kernels=asdict(kernels_for(devices[0].platform)) if devices else {},
     )
 
 
@@ -188,7 +188,7 @@ def describe(machine: Machine, config: ServeConfig | None, problems: Sequence[Pr
         "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
         "driver": machine.driver or "none of NVIDIA's",
         "devices": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + each,
-        "attention": machine.attention,
+        "kernels": ", ".join(f"{name} {kernel}" for name, kernel in machine.kernels.items()),
     }
     if config is not None:
         mesh = config.mesh

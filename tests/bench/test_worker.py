@@ -2,13 +2,17 @@
 
 import ast
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+import bench.peers.gguf_model
+import bench.peers.llama_cpp_worker
 import bench.peers.protocol
 import bench.peers.transformers_worker
+import bench.peers.vllm_cpu_worker
 from bench.peers.protocol import Job
 from bench.peers.worker import Worker, WorkerError
 from tests.bench.fake_worker import count
@@ -38,6 +42,24 @@ def test_leaving_ends_the_process():
     with fake() as worker:
         process = psutil.Process(worker.pid)
     assert not process.is_running()
+
+
+def test_engine_is_stopped_between_jobs():
+    with fake("--fault=refuse") as worker:
+        process = psutil.Process(worker.pid)
+        worker.ask(Job([[1]], 1))
+        assert is_stopped(process)
+        with pytest.raises(WorkerError):
+            worker.ask(Job([[1], [2]], 1))
+        assert is_stopped(process)
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    """Within ten seconds, since it may have to be scheduled once more to be stopped."""
+    ends = time.monotonic() + 10
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < ends:
+        time.sleep(0.001)
+    return process.status() == psutil.STATUS_STOPPED
 
 
 def test_worker_that_cannot_start_says_why():
@@ -71,10 +93,19 @@ def test_what_a_peer_imports_needs_only_the_standard_library_of_python_3_11(modu
     assert imported <= sys.stdlib_module_names
 
 
-def test_transformers_worker_imports_nothing_of_weft_but_the_protocol():
-    tree = ast.parse(source(bench.peers.transformers_worker), feature_version=(3, 11))
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [
+        (bench.peers.transformers_worker, {"torch", "transformers"}),
+        (bench.peers.vllm_cpu_worker, {"torch", "vllm"}),
+        (bench.peers.llama_cpp_worker, {"llama_cpp", "numpy"}),
+        (bench.peers.gguf_model, {"gguf", "numpy"}),
+    ],
+)
+def test_peers_worker_imports_its_engine_and_nothing_of_weft_but_the_bench(module, packages):
+    tree = ast.parse(source(module), feature_version=(3, 11))
     imported = {name for node in ast.walk(tree) for name in modules_of(node)}
-    assert imported - sys.stdlib_module_names == {"bench", "torch", "transformers"}
+    assert imported - sys.stdlib_module_names - {"bench"} == packages
 
 
 def source(module) -> str:

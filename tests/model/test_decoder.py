@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from model.attention import Tokens
+from model.pages import empty_pages
 from model.partition import Partition, abstract_weights, load_weights
 from sharding.mesh import MeshShape, make_meshes
 from tests.assets import needs_assets
@@ -50,8 +51,8 @@ def all_logits(config, arrays, prompts, chunk):
     R, W = len(prompts), -(-LONGEST // PAGE_SIZE)
     tables_RW = 1 + np.arange(R * W).reshape(R, W)
     shape = (1 + R * W, PAGE_SIZE, config.num_kv_heads)
-    keys, values = jnp.zeros((*shape, config.head_dim)), jnp.zeros((*shape, config.value_dim))
-    pages = [(keys, values) for _ in config.layers]
+    heads = (*shape, config.head_dim), (*shape, config.value_dim)
+    pages = [empty_pages(*heads, jnp.float32) for _ in config.layers]
     found = [np.zeros((0, config.vocab_size), np.float32) for _ in prompts]
     for start in range(0, LONGEST, chunk):
         parts = [prompt[start : start + chunk] for prompt in prompts]

@@ -463,3 +463,15 @@ def test_one_nan_logit_does_not_give_a_token_outside_the_vocabulary(filters):
     logits[:, 8] = np.nan
     tokens, _ = draw(logits, columns(temperature=1.0, **filters))
     assert ((tokens >= 0) & (tokens < V)).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (2, 4, 33)])
+def test_top_by_passes_is_a_stable_sort_without_sorting(shape, monkeypatch):
+    """What GPUs run; few distinct numbers, so that many are equal, and one that is -inf."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, *, default, cpu: default(x))
+    x = np.random.default_rng(0).integers(-3, 3, shape).astype(np.float32)
+    x[..., 7] = -np.inf
+    top, top_ids = sampler._top(jnp.asarray(x), 20)
+    order = np.argsort(-x, axis=-1, kind="stable")[..., :20]
+    np.testing.assert_array_equal(top_ids, order)
+    np.testing.assert_array_equal(top, np.take_along_axis(x, order, axis=-1))

@@ -26,6 +26,7 @@ from serve.request import (
     TokenLogprobs,
     Usage,
 )
+from serve.telemetry import Histogram, Series
 
 TIMEOUT_S = 20.0
 """Far beyond what any wait here takes; one that lasts as long is a failure."""
@@ -74,6 +75,8 @@ class FakeEngine:
         self.failure: BaseException | None = None
         self.submitted: list[GenerateRequest] = []
         self.aborted: list[str] = []
+        self.waits = Histogram((0.5, 1.0))
+        """Whatever a test puts there."""
         self._answer = answer
         self._burst = burst
         self._max_queue = max_queue
@@ -132,6 +135,9 @@ class FakeEngine:
             compiles_after_warmup=0,
             draining=self._draining,
         )
+
+    def series(self) -> list[Series]:
+        return [Series("step_phase_seconds", self.waits, {"phase": "device"})]
 
     def drain(self) -> None:
         self._draining = True

@@ -15,6 +15,7 @@ from cache.pages import PagePool
 from cache.tables import PageTables
 from model import weights
 from model.config import Experts, Latent, Layer, ModelConfig, Rope
+from model.kernels.choice import Kernels
 from model.partition import Partition, load_weights
 from serve.engine import Engine, ModelInfo
 from serve.programs import CacheShape, Programs
@@ -157,6 +158,7 @@ def make_parts(
     limits: Limits = LIMITS,
     num_pages: int = 64,
     replica: int = 0,
+    kernels: Kernels | None = None,
 ) -> Parts:
     """Nothing is compiled yet: the runner does so when it meets a shape, or by `compile_all`."""
     partition = Partition(config, mesh.stage, mesh.tensor)
@@ -167,7 +169,7 @@ def make_parts(
         PagePool(num_pages, PAGE_SIZE), limits.max_batch + 1, -(-limits.max_context // PAGE_SIZE)
     )
     cache = CacheShape(num_pages, PAGE_SIZE, dtype)
-    programs = Programs(partition, devices, cache, limits, tables.width, dtype)
+    programs = Programs(partition, devices, cache, limits, tables.width, dtype, kernels)
     runner = Runner(programs, loaded, tables.array)
     return Parts(config, arrays, limits, tables, runner)
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
+from serve.profile import Kind, Phase
 from serve.request import FinishReason, GenerateRequest, SamplingParams
 from tests.model.reference import softmax
 from tests.serve import harness
@@ -395,6 +397,59 @@ def test_no_decode_step_copies_an_array_of_pages(parts):
         assert all(size < elements for size in sizes), shape
 
 
+def timed(engine):
+    """The engine's profile, on a clock that moves."""
+    engine.profiles[0].clock = time.perf_counter
+    return engine.profiles[0]
+
+
+def test_every_step_is_timed_in_all_its_phases(parts):
+    engine = parts.engine()
+    profile = timed(engine)
+    generate(engine, [greedy(str(i), prompt_of(40, i), 9) for i in range(3)])
+    steps = profile.steps()
+    assert profile.num_steps == len(steps) > 4
+    for step in steps:
+        assert set(step.spans) == set(Phase) - {Phase.COMPILE}
+        assert step.gap is None or step.gap.least_s <= step.gap.most_s
+    kinds = [step.work.kind for step in steps]
+    assert kinds[0] is Kind.PREFILL
+    assert kinds[-1] is Kind.LOOP
+    assert steps[0].work.num_tokens == LIMITS.token_budget
+    assert steps[-1].work.shape == "4 decode x 4"
+
+
+def test_next_step_is_dispatched_before_the_last_is_waited_for(parts):
+    engine = parts.engine()
+    profile = timed(engine)
+    generate(engine, [greedy("r", prompt_of(5), 60)])
+    for last, step in pairwise(profile.steps()):
+        assert step.spans[Phase.DISPATCH][1] <= last.spans[Phase.DEVICE][0]
+
+
+def test_compiling_late_is_a_phase_of_its_step(warm):
+    cold = make_parts(MODEL, warm.weights, limits=LIMITS)
+    cold.runner.shapes = cold.runner.shapes[-1:]
+    engine = cold.engine(max_steps=1)
+    generate(engine, [greedy("r", prompt_of(5), 3)])
+    compiling = [Phase.COMPILE in step.spans for step in engine.profiles[0].steps()]
+    assert compiling == [True, False, False]
+
+
+def test_requests_are_timed_from_their_arrival(parts):
+    engine = parts.engine()
+    requests = [greedy(str(i), prompt_of(20, i), 9) for i in range(3)]
+    answers = submit_all(engine, [*requests, greedy("cancelled", prompt_of(5), 50)])
+    engine.step()
+    engine.abort("cancelled")
+    finish(engine)
+    counts = {one.name: sum(one.histogram.counts) for one in engine.series()}
+    num_first = sum(len(answers[r.request_id].outputs[0].token_ids) for r in requests)
+    assert counts["time_to_first_token_seconds"] == 3
+    assert counts["inter_token_latency_seconds"] == 3 * 9 - num_first
+    assert counts["e2e_request_latency_seconds"] == 3
+
+
 # Comings and goings.
 
 
@@ -443,9 +498,9 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def submit(self, plan):
+    def submit(self, plan, step):
         self._happens(plan)
-        return self._runner.submit(plan)
+        return self._runner.submit(plan, step)
 
 
 def test_request_may_be_aborted_between_plan_and_step(parts):

@@ -1,3 +1,4 @@
+import re
 import urllib.error
 import urllib.request
 from http.client import HTTPResponse
@@ -25,6 +26,22 @@ def test_metrics_are_named_like_vllms_and_carry_the_model() -> None:
     assert 'weft:num_requests_running{model_name="fake"} 0.0' in text
     assert 'weft:generation_tokens_total{model_name="fake"} 0.0' in text
     assert "# TYPE weft:kv_cache_usage_perc gauge" in text
+
+
+def test_histograms_are_cumulative_and_carry_their_labels() -> None:
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        for seconds in (0.25, 1.0, 7.0):
+            engine.waits.observe(seconds)
+        _, text = get(server.port, "/metrics")
+    labels = 'model_name="fake",phase="device"'
+    lines = [line for line in text.splitlines() if line.startswith("weft:step_phase_seconds")]
+    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    buckets = {
+        bound: value for name, value in found.items() for bound in re.findall(r'le="([^"]*)"', name)
+    }
+    assert buckets == {"0.5": 1, "1.0": 2, "+Inf": 3}
+    assert found[f"weft:step_phase_seconds_count{{{labels}}}"] == 3
+    assert found[f"weft:step_phase_seconds_sum{{{labels}}}"] == 8.25
 
 
 def test_health_ends_with_a_drain_or_a_failure() -> None:

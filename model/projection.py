@@ -1,0 +1,43 @@
+"""The products between a layer's residual stream and its blocks, with what is fused to them.
+
+It does not know what a block computes.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from model.kernels import fused_matmul
+from model.kernels.choice import Kernels
+from model.linear import Norm
+from sharding.collectives import num_tensor, sum_over_tensor
+
+
+def project_in(
+    kernels: Kernels,
+    x_ND: Float[Array, "N D"],
+    norm: Norm | None,
+    weight: Float[Array, "D *F"],
+    bias: Float[Array, "*F"] | None = None,
+) -> Float[Array, "N *F"]:
+    """norm(x) @ weight + bias: this device's heads or channels."""
+    D, *shape = weight.shape
+    out = fused_matmul(kernels, x_ND, weight.reshape(D, 1, -1), norm=norm)
+    out = out.reshape(-1, *shape)
+    return out if bias is None else out + bias
+
+
+def project_out(
+    kernels: Kernels,
+    y: Float[Array, "N *F"],
+    weight: Float[Array, "*F D"],
+    bias_D: Float[Array, " D"] | None = None,
+    residual_ND: Float[Array, "N D"] | None = None,
+) -> Float[Array, "N D"]:
+    """residual + y @ weight + bias, summed over the devices that hold parts of y."""
+    D = weight.shape[-1]
+    y_NF, weight_F1D = y.reshape(y.shape[0], -1), weight.reshape(-1, 1, D)
+    if num_tensor() == 1 and bias_D is None:
+        return fused_matmul(kernels, y_NF, weight_F1D, residual_NF=residual_ND)
+    out_ND: jax.Array = sum_over_tensor(fused_matmul(kernels, y_NF, weight_F1D))
+    out_ND = out_ND if bias_D is None else out_ND + bias_D
+    return out_ND if residual_ND is None else residual_ND + out_ND

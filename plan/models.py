@@ -1,0 +1,44 @@
+"""The models that experiments name: shapes without weights, from configs/models/NAME.toml.
+
+Such a file is a model's config.json in TOML, read by the model's family as a checkpoint's would be.
+It does not know meshes, or where real weights might lie, and imports no JAX.
+"""
+
+import difflib
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from model.config import ModelConfig
+from model.families import UnsupportedModel, read_config
+
+FOLDER = Path(__file__).parents[1] / "configs" / "models"
+
+
+class UnknownModel(ValueError):
+    """A model that has no file, or whose file can't be read; says which could."""
+
+
+def model_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_model(name: str, num_layers: int | None = None) -> ModelConfig:
+    """The model of configs/models/NAME.toml; with `num_layers`, its first layers alone."""
+    if name not in (names := model_names()):
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UnknownModel(f"there is no model {name}, only {', '.join(names)}{hint}")
+    model = read_model(FOLDER / f"{name}.toml")
+    if num_layers is None:
+        return model
+    if not 1 <= num_layers <= model.num_layers:
+        raise UnknownModel(f"{name} has {model.num_layers} layers; its first {num_layers} asked")
+    return replace(model, layers=model.layers[:num_layers])
+
+
+def read_model(path: Path) -> ModelConfig:
+    try:
+        return read_config(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnsupportedModel) as error:
+        raise UnknownModel(f"{path}: {error}") from error
