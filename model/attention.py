@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
+from model.kernel_choice import Kernels
 from model.kernels import paged_attention, rotate_and_write
-from model.kernels.choice import Kernels
 from model.linear import Norm
 from model.pages import Pages
 from model.projection import project_in, project_out

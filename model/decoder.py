@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from model.attention import Attention, Tokens
 from model.config import Layer, ModelConfig
-from model.kernels.choice import Kernels
+from model.kernel_choice import Kernels
 from model.latent_attention import LatentAttention
 from model.linear import Norm, matmul, rms_norm
 from model.mlp import Mlp

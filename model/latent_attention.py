@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from model.attention import PagedAttention, Tokens
 from model.config import Latent, ModelConfig
-from model.kernels.choice import Kernels
+from model.kernel_choice import Kernels
 from model.linear import Norm, matmul, rms_norm
 from model.pages import Pages, write_pages
 from model.rope import apply_rope, rope_angles

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from model.config import ClampedSwiglu, ModelConfig
+from model.kernel_choice import Kernels
 from model.kernels import fused_matmul
-from model.kernels.choice import Kernels
 from model.kernels.xla_matmul import Activate
 from model.linear import Norm
 from model.projection import project_in, project_out

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from model.attention import NO_WINDOW
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.kernels.choice import XLA, Kernels
+from model.kernel_choice import XLA, Kernels
 from model.rope import inverse_frequencies
 from sharding.mesh import STAGE, TENSOR, MeshError, MeshShape
 from sharding.rules import weight_spec

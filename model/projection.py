@@ -6,8 +6,8 @@ It does not know what a block computes.
 import jax
 from jaxtyping import Array, Float
 
+from model.kernel_choice import Kernels
 from model.kernels import fused_matmul
-from model.kernels.choice import Kernels
 from model.linear import Norm
 from sharding.collectives import num_tensor, sum_over_tensor
 

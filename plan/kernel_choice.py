@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 
-from model.kernels.choice import NAMES, Kernels
+from model.kernel_choice import NAMES, Kernels
 
 OPERATIONS = tuple(field.name for field in fields(Kernels))
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cache.pages import PagePool
 from cache.tables import PageTables
-from model.kernels.choice import kernels_for
+from model.kernel_choice import kernels_for
 from model.partition import Partition
 from model.step import StepShape
 from plan.ahead import once

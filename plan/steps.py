@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cache.pages import PagePool
 from cache.tables import PageTables
-from model.kernels.choice import kernels_for
+from model.kernel_choice import kernels_for
 from model.partition import Partition
 from model.step import StepShape
 from plan.described import described_mesh

@@ -19,7 +19,6 @@ from jax import lax
 from model.attention import NO_WINDOW
 from model.config import ModelConfig
 from model.kernels import (
-    Pages,
     pallas_attention,
     pallas_matmul,
     pallas_rotate,
@@ -29,6 +28,7 @@ from model.kernels import (
 )
 from model.linear import Norm
 from model.mlp import activation
+from model.pages import Pages
 from plan.kinds.kernel import Kernel
 from plan.models import load_model
 

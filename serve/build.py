@@ -21,7 +21,7 @@ from cache.tables import PageTables
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
 from model.config import ModelConfig
 from model.families import read_model_config
-from model.kernels.choice import Kernels, kernels_for
+from model.kernel_choice import Kernels, kernels_for
 from model.partition import Partition, abstract_weights, load_weights
 from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo

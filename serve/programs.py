@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.kernels.choice import Kernels, kernels_for
+from model.kernel_choice import Kernels, kernels_for
 from model.pages import Pages, empty_pages
 from model.partition import Partition, abstract_weights, weight_specs
 from model.sampling import History

@@ -34,7 +34,18 @@ HOST_SIDE = [
     *sorted(ROOT.glob("cache/*.py")),
     *(
         path
-        for name in ("scheduler", "plan", "request", "config", "front", "client", "bridge", "cli")
+        for name in (
+            "scheduler",
+            "plan",
+            "profile",
+            "request",
+            "telemetry",
+            "config",
+            "front",
+            "client",
+            "bridge",
+            "cli",
+        )
         if (path := ROOT / "serve" / f"{name}.py").is_file()
     ),
     *sorted(ROOT.glob("model/tokenizer/*.py")),

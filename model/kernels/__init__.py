@@ -1,6 +1,6 @@
 """The operations that have kernels: each one signature, dispatched here and nowhere else.
 
-It does not know layers or requests. `model/kernels/choice.py` says which kernel is taken where; one
+It does not know layers or requests. `model/kernel_choice.py` says which kernel is taken where; one
 that does not cover a shape leaves it to the reference, which covers all.
 """
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from model.kernel_choice import Kernels, note_fallback
 from model.kernels import (
     cpu_attention,
     cpu_matmul,
@@ -18,7 +19,6 @@ from model.kernels import (
     xla_matmul,
     xla_rotate,
 )
-from model.kernels.choice import Kernels, note_fallback
 from model.pages import Pages
 
 

@@ -136,5 +136,5 @@ def _kernel(
         # The interpreter writes masked rows too, as they were: they must not share a place.
         where = (jnp.where(mask_X, page_X, 0), position_X % keys_ref.shape[1], kv_head)
         store(ref, where, halves_XH, mask_X)
-        if scale_refs:
+        if scales_X is not None:
             plgpu.store(scale_refs[i].at[where], scales_X, mask=mask_X)

@@ -131,7 +131,9 @@ def _gather(
     """
     _, page_size, K, C = cached_PpKC.shape
     if K == 1 and scales_PpK is None:
-        return cached_PpKC[table_RW].reshape(table_RW.shape[0], 1, -1, C).astype(dtype)
+        # Flat, so that no layout is chosen for an axis of one.
+        found_RWX = cached_PpKC.reshape(-1, page_size * C)[table_RW]
+        return found_RWX.reshape(table_RW.shape[0], 1, -1, C).astype(dtype)
     token_RS = (table_RW[..., None] * page_size + lax.iota(jnp.int32, page_size)).reshape(
         table_RW.shape[0], -1
     )

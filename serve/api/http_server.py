@@ -17,6 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 
+from model.kernel_choice import fallbacks
 from serve import front
 from serve.telemetry import Histogram, Series
 
@@ -66,6 +67,7 @@ class EngineCollector:
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
         yield from self._histograms()
+        yield self._fallbacks()
 
     def _load(self) -> Iterator[Metric]:
         load = self._engine.load()
@@ -87,6 +89,15 @@ class EngineCollector:
                 metric = family(f"weft:{name}", name.replace("_", " "), labels=list(labels))
                 metric.add_metric(list(labels.values()), value)
                 yield metric
+
+    def _fallbacks(self) -> Metric:
+        labels = ["operation", "kernel", "reason"]
+        metric = CounterMetricFamily(
+            "weft:kernel_fallbacks", "shapes left to the reference when compiling", labels=labels
+        )
+        for shape, times in dict(fallbacks).items():
+            metric.add_metric(shape, times)
+        return metric
 
     def _histograms(self) -> Iterator[Metric]:
         model = self._engine.info.name

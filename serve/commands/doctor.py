@@ -19,7 +19,7 @@ import psutil
 
 from model.checkpoint import CheckpointError
 from model.families import UnsupportedModel, read_model_config
-from model.kernels.choice import kernels_for
+from model.kernel_choice import kernels_for
 from model.partition import Partition
 from serve.commands.devices import ensure_devices
 from serve.config import ServeConfig, load_config

@@ -15,7 +15,7 @@ from cache.pages import PagePool
 from cache.tables import PageTables
 from model import weights
 from model.config import Experts, Latent, Layer, ModelConfig, Rope
-from model.kernels.choice import Kernels
+from model.kernel_choice import Kernels
 from model.partition import Partition, load_weights
 from serve.engine import Engine, ModelInfo
 from serve.programs import CacheShape, Programs

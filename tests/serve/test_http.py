@@ -5,6 +5,7 @@ from http.client import HTTPResponse
 
 import pytest
 
+from serve.api import http_server
 from serve.api.http_server import HttpServer
 from tests.serve.fake_engine import FakeEngine
 
@@ -42,6 +43,14 @@ def test_histograms_are_cumulative_and_carry_their_labels() -> None:
     assert buckets == {"0.5": 1, "1.0": 2, "+Inf": 3}
     assert found[f"weft:step_phase_seconds_count{{{labels}}}"] == 3
     assert found[f"weft:step_phase_seconds_sum{{{labels}}}"] == 8.25
+
+
+def test_shapes_that_a_kernel_left_to_the_reference_are_counted(monkeypatch) -> None:
+    monkeypatch.setattr(http_server, "fallbacks", {("decode_attention", "pallas", "wide"): 3})
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        _, text = get(server.port, "/metrics")
+    labels = 'kernel="pallas",operation="decode_attention",reason="wide"'
+    assert f"weft:kernel_fallbacks_total{{{labels}}} 3.0" in text
 
 
 def test_health_ends_with_a_drain_or_a_failure() -> None:

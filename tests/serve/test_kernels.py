@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from model.kernels import choice
-from model.kernels.choice import XLA
+from model.kernel_choice import XLA
 from tests.serve.harness import (
     DENSE,
     assert_greedy,
@@ -29,7 +28,7 @@ CONFIG = replace(
 
 def test_engine_of_pallas_kernels_gives_the_greedy_tokens():
     """Long prompts prefill over pages beside rows that decode, and then all decode in the loop."""
-    arrays, before = random_weights(CONFIG), choice.fallbacks.copy()
+    arrays, before = random_weights(CONFIG), fallbacks.copy()
     parts = make_parts(CONFIG, arrays, kernels=XLA.with_all("pallas_interpreted"))
     compile_few(parts.runner)
     prompts = random_prompts(CONFIG, [3, 70, 18, 45])
@@ -37,4 +36,4 @@ def test_engine_of_pallas_kernels_gives_the_greedy_tokens():
     answers = generate(parts.engine(), requests)
     for request in requests:
         assert_greedy(CONFIG, arrays, request.prompt_ids, answers[request.request_id].token_ids)
-    assert choice.fallbacks == before, "every operation was computed by the kernel asked"
+    assert fallbacks == before, "every operation was computed by the kernel asked"

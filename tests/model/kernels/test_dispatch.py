@@ -1,16 +1,15 @@
-"""Which kernel computes what: the choice by platform, and what happens where the kernel can't."""
+"""The kernel asked is the kernel taken, and what happens where it can't be."""
 
 import logging
-from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kernels
+from model import kernel_choice, kernels
+from model.kernel_choice import XLA, Kernels, kernels_for
 from model.kernels import (
-    choice,
     cpu_attention,
     cpu_matmul,
     pallas_attention,
@@ -20,7 +19,6 @@ from model.kernels import (
     xla_matmul,
     xla_rotate,
 )
-from model.kernels.choice import NAMES, XLA, Kernels, kernels_for
 from model.pages import Pages, empty_pages
 
 PALLAS = XLA.with_all("pallas")
@@ -30,11 +28,11 @@ INTERPRETED = XLA.with_all("pallas_interpreted")
 @pytest.fixture(autouse=True)
 def fallbacks():
     """Those of one test."""
-    before = choice.fallbacks.copy()
-    choice.fallbacks.clear()
-    yield choice.fallbacks
-    choice.fallbacks.clear()
-    choice.fallbacks.update(before)
+    before = kernel_choice.fallbacks.copy()
+    kernel_choice.fallbacks.clear()
+    yield kernel_choice.fallbacks
+    kernel_choice.fallbacks.clear()
+    kernel_choice.fallbacks.update(before)
 
 
 @pytest.fixture
@@ -86,48 +84,6 @@ def multiply(asked: Kernels, rows: int = 2, depth: int = 256) -> None:
     kernels.fused_matmul(asked, jnp.ones((rows, depth)), jnp.ones((depth, 1, 16)))
 
 
-def test_reference_is_what_is_not_asked_otherwise():
-    assert {getattr(XLA, field.name) for field in fields(Kernels)} == {"xla"}
-    assert kernels_for("metal") == XLA
-
-
-def test_every_choice_is_of_a_known_kernel():
-    for chosen in choice.CHOSEN.values():
-        assert {getattr(chosen, field.name) for field in fields(Kernels)} <= set(NAMES)
-
-
-def test_gpu_reads_pages_by_our_own_kernels():
-    chosen = kernels_for("gpu")
-    assert (
-        chosen.decode_attention == chosen.prefill_attention == chosen.rotate_and_write == "pallas"
-    )
-
-
-def test_with_all_asks_one_kernel_for_every_operation():
-    assert {getattr(PALLAS, field.name) for field in fields(Kernels)} == {"pallas"}
-
-
-def test_operation_asked_is_changed_alone():
-    asked = kernels_for("cpu", {"decode_attention": "xla", "small_matmul": "auto"})
-    assert asked == replace(kernels_for("cpu"), decode_attention="xla")
-
-
-@pytest.mark.parametrize(
-    ("platform", "operation", "kernel", "error"),
-    [
-        ("cpu", "decode_attention", "pallas", "is pallas, which compiles for GPUs only"),
-        ("gpu", "rotate_and_write", "cpu", "kernels.rotate_and_write has no kernel cpu"),
-    ],
-)
-def test_kernel_that_cannot_run_is_refused(platform, operation, kernel, error):
-    with pytest.raises(ValueError, match=error):
-        kernels_for(platform, {operation: kernel})
-
-
-def test_auto_leaves_the_choice():
-    assert kernels_for("gpu").with_all("auto") == kernels_for("gpu")
-
-
 @pytest.mark.parametrize(
     ("asked", "suffix", "interpret"),
     [(XLA, "xla", False), (PALLAS, "pallas", False), (INTERPRETED, "pallas", True)],
@@ -173,6 +129,7 @@ def test_product_of_many_rows_is_left_to_xla_without_a_word(taken, fallbacks):
         (lambda: rotate(PALLAS, group=200), "rotate_and_write", "200 query heads"),
         (lambda: multiply(PALLAS, depth=100), "small_matmul", "weights of 100 rows"),
     ],
+    ids=["decode", "prefill", "rotate", "matmul"],
 )
 def test_uncovered_shape_falls_back_and_says_so_once(
     taken, fallbacks, caplog, ask, operation, reason
