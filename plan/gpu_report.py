@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import dropwhile, groupby, takewhile
 from pathlib import Path
-from typing import Any
 
 from plan.ahead import Prepares
+from plan.devices import Devices
 from plan.drive import known, run
 from plan.experiment import Experiment, ExperimentError, Point, read_experiment
 from plan.gpu_results import Results
@@ -47,6 +47,9 @@ ENVIRONMENT = {
     # Pages take what they can get; JAX alone would leave a quarter of the memory unused.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    # What XLA has tuned once it need not tune in the next process.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # Peers would look for newer kernels.
     "HF_HUB_OFFLINE": "1",
 }
@@ -65,9 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = arguments.ledger or LEDGERS / f"{experiment.name}.jsonl"
         with _Copied(ledger, arguments.fresh, _out()) as records:
             if not arguments.fresh:
-                _adopt(records, arguments.out)
+                _adopt(records, arguments.out, sources())
             results = _measure(experiment, records, arguments.limit_s)
-            _write(results, command, ledger, [arguments.out, *_out()])
+            if results.records:
+                _write(results, command, ledger, [arguments.out, *_out()])
+            for problem in results.problems:
+                print(f"gpu-report: {problem}", file=sys.stderr)
     except (ExperimentError, LedgerError) as error:
         print(f"gpu-report: {error}", file=sys.stderr)
         return 2
@@ -77,9 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 class AheadWorker(Worker):
     """Has the programs of several points compiled together before it measures the first."""
 
-    def __init__(self, *where: Any, points: Sequence[Point], unlucky: set[str]) -> None:
+    def __init__(
+        self,
+        devices: Devices,
+        hardware: str | None = None,
+        flags: str = "",
+        *,
+        points: Sequence[Point],
+        unlucky: set[str],
+    ) -> None:
         """`unlucky` are keys of points that a process died over before they were measured."""
-        super().__init__(*where)
+        super().__init__(devices, hardware, flags)
         self._points, self._unlucky = points, unlucky
         self._prepared: set[str] = set()
 
@@ -90,12 +104,13 @@ class AheadWorker(Worker):
         return super().measure(point, max(0.0, deadline - time.monotonic()))
 
     def _prepare_from(self, point: Point, limit_s: float) -> None:
-        later = self._points[self._points.index(point) :]
+        """Together with the points after it that are of its kind and process."""
+        if not isinstance(point.settings, Prepares):
+            return
+        later = dropwhile(lambda other: other != point, self._points)
         alike = takewhile(lambda other: other.kind == point.kind, later)
         group = [p for p in alike if p.settings.flags == point.settings.flags][:AT_ONCE]
         keys = {other.key for other in group}
-        if not isinstance(point.settings, Prepares):
-            return
         try:
             self.prepare(group, limit_s)
         except (WorkerDied, WorkerLate) as error:
@@ -115,9 +130,9 @@ def _measure(experiment: Experiment, ledger: Ledger, limit_s: float) -> Results:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
-            settled = {record.key for record in ledger.records if record.settled}
+            settled = {r.key for r in ledger.records if r.settled and r.commit == commit}
             points = [point for point in stage.points if point.key not in settled]
-            start = partial(AheadWorker, points=points or stage.points, unlucky=set())
+            start = partial(AheadWorker, points=points, unlucky=set())
             with _environment(ENVIRONMENT | (FOR_PEERS if peers else {})):
                 try:
                     found = run(
@@ -161,18 +176,16 @@ class _Copied(Ledger):
     def append(self, record: Record) -> None:
         super().append(record)
         for folder in self._folders:
+            folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path, folder / self.path.name)
 
 
-def _adopt(ledger: Ledger, folder: Path) -> None:
-    """Takes in what earlier runs have left in `folder`, such as those of a machine now gone."""
-    have = {(r.key, r.commit, r.device, r.started) for r in ledger.records}
-    for path in sorted(folder.glob("*.jsonl")):
-        for record in read_records(path):
-            identity = (record.key, record.commit, record.device, record.started)
-            if identity not in have:
-                have.add(identity)
-                ledger.append(record)
+def _adopt(ledger: Ledger, folder: Path, commit: str) -> None:
+    """Takes in what runs of `commit` have left in `folder`, if on a machine that is gone now."""
+    found = [record for path in sorted(folder.glob("*.jsonl")) for record in read_records(path)]
+    for record in found:
+        if record.commit == commit and record not in ledger.records:
+            ledger.append(record)
 
 
 def _write(results: Results, command: str, ledger: Path, folders: Sequence[Path]) -> None:

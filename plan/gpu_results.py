@@ -12,6 +12,7 @@ from typing import Any
 
 from plan.drive import Run
 from plan.experiment import Experiment
+from plan.kinds.serving import Serving
 from plan.ledger import Record
 
 
@@ -94,7 +95,8 @@ class Results:
 
     def find(self, kind: str, **settings: Any) -> list[Record]:
         """What was measured with these settings, and with no variant of kernels, flags or pages."""
-        plain = {"kernels": "auto", "flags": "", "cache_dtype": "auto", "dtype": "auto"} | settings
+        plain = {"kernels": "auto", "flags": "", "cache_dtype": "auto", "dtype": "auto"}
+        plain |= {"max_steps": Serving.max_steps} | settings
         return [
             record
             for record in self.ok(kind)
@@ -142,7 +144,7 @@ class Results:
         return [
             (ours, theirs)
             for theirs in self.ok("peer")
-            for ours in self.find("serving", window_s=0, **{n: theirs.settings[n] for n in names})
+            for ours in self.find("serving", window_s=0.0, **{n: theirs.settings[n] for n in names})
         ]
 
 

@@ -135,12 +135,12 @@ def _kernels_table(results: Results) -> Rows:
                 shape(record),
                 f"{name} {record.settings['tiling']}".strip(),
                 show("_s", figures["call_s"]),
-                _fraction(fraction) + (" of products" if long else " of bandwidth"),
+                _fraction(fraction) + (" of products" if long and fraction else ""),
                 f"{reference_s / figures['call_s']:.2f}x" if reference_s else NOT_MEASURED,
                 f"{figures['difference_fraction']:.1e}",
             ]
         )
-    header = ["operation", "shape", "kernel", "time", "reached", "against xla", "difference"]
+    header = ["operation", "shape", "kernel", "time", "of bandwidth", "against xla", "difference"]
     return header, rows
 
 

@@ -21,7 +21,8 @@ from plan.devices import Devices
 from plan.kinds.kernel import Kernel
 from plan.kinds.kind import Outcome
 from plan.timing import WARM_UP, time_calls
-from plan.trials import Trial, trial
+from plan.trial import Trial
+from plan.trials import trial
 from sharding.mesh import MeshShape
 
 MOST_S = 2.0
@@ -108,6 +109,8 @@ def _compile(kernel: Kernel, which: str, devices: Devices) -> Any:
     jitted = jax.jit(getattr(tried, which))
     arguments = () if which == "make" else jax.eval_shape(tried.make)
     if not devices.described:
-        return jitted.lower(*arguments).compile()
+        # Of an interpreted kernel LLVM makes thousands of lines, which are run a few times.
+        options = {"xla_backend_optimization_level": 0} if tried.interpret else None
+        return jitted.lower(*arguments).compile(options)
     everywhere = NamedSharding(described_mesh(MeshShape()), PartitionSpec())
     return compile_described(jitted, arguments, jax.tree.map(lambda _: everywhere, arguments))

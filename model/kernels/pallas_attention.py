@@ -9,6 +9,7 @@ row take all keys they see (FlashAttention-2, arXiv:2307.08691). It does not kno
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,18 @@ LEAST_TILE = 16
 NOTHING_SEEN = -1e30
 """The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
 
+LEAST_TOTAL = 1e-30
+"""Where no key was seen, what 0 is divided by."""
+
 LOG2_E = math.log2(math.e)
 NUM_CORES = 132
 """Multiprocessors of an H100 or H200 (SXM)."""
 
 MAX_WIDTH = 256
 """Channels of a head beyond which a tile's sums don't fit a multiprocessor's registers."""
+
+Carry = tuple[jax.Array, jax.Array, jax.Array]
+"""Of a tile's queries over keys seen: peaks of scores, sums of weights, sums of values."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +110,8 @@ def paged_attention(
     tile_tokens = max(1, tiling.queries // heads)
     tiles, splits = -(-T // tile_tokens), tiling.splits
     parts = (splits, R, T, K, G)
-    kernel = partial(
-        _kernel,
-        tiling=tiling,
-        heads=heads,
-        tiles=tiles,
-        scale=scale,
-        softcap=softcap,
-        has_sinks=sinks_KG is not None,
-        has_scales=pages.key_scales is not None,
-    )
-    operands = [q_RTKGC, *jax.tree.leaves(pages), tables_RW, starts_R, lengths_R, window[None]]
-    operands += [] if sinks_KG is None else [sinks_KG]
-    call = pl.pallas_call(
-        kernel,
+    out_ZRTKGU, lse_ZRTKG = pl.pallas_call(
+        partial(_kernel, tiling=tiling, heads=heads, tiles=tiles, scale=scale, softcap=softcap),
         out_shape=(
             jax.ShapeDtypeStruct((*parts, U), q_RTKGC.dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct(parts, jnp.float32),
@@ -127,35 +122,32 @@ def paged_attention(
         ),
         interpret=interpret,
         name="paged_attention",
-    )
-    out_ZRTKGU, lse_ZRTKG = call(*operands)
+    )(q_RTKGC, pages, tables_RW, starts_R, lengths_R, window[None], sinks_KG)
     if splits == 1:
         return out_ZRTKGU[0]
     return _merge(out_ZRTKGU, lse_ZRTKG, q_RTKGC.dtype, interpret)
 
 
 def _kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    *refs,
+    q_ref: Any,
+    pages: Pages,
+    tables_ref: Any,
+    starts_ref: Any,
+    lengths_ref: Any,
+    window_ref: Any,
+    sinks_ref: Any | None,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
     tiling: Tiling,
     heads: int,
     tiles: int,
     scale: float,
     softcap: float | None,
-    has_sinks: bool,
-    has_scales: bool,
-):
-    refs = iter(refs)
-    scale_refs = (next(refs), next(refs)) if has_scales else None
-    tables_ref, starts_ref, lengths_ref, window_ref = (next(refs) for _ in range(4))
-    sinks_ref = next(refs) if has_sinks else None
-    out_ref, lse_ref = refs
+) -> None:
+    """One tile's queries over one share of its keys; `pages` holds references."""
     _, T, _, G, C = q_ref.shape
-    page_size, U, W = v_ref.shape[1], v_ref.shape[-1], tables_ref.shape[1]
-    tile_tokens = max(1, tiling.queries // heads)
-    X, S = tile_tokens * heads, tiling.keys
+    U, S, tile_tokens = pages.values.shape[-1], tiling.keys, max(1, tiling.queries // heads)
 
     # The last tiles of the last rows see most keys: they start first.
     tile = pl.num_programs(0) - 1 - pl.program_id(0)
@@ -163,62 +155,39 @@ def _kernel(
     first_token = (tile % tiles) * tile_tokens
     start, length, window = starts_ref[row], lengths_ref[row], window_ref[0]
 
-    slot_X = lax.iota(jnp.int32, X)
+    slot_X = lax.iota(jnp.int32, tile_tokens * heads)
     token_X, head_X = first_token + slot_X // heads, slot_X % heads
     at_X = start + token_X
     is_query_X = (token_X < T) & (head_X < G)
     q_XC = load(q_ref, *places((row, token_X, kv_head, head_X), C, is_query_X))
-    # A float of 8 bits is turned into float16 by one instruction, into bfloat16 by three.
-    is_float8 = k_ref.dtype.itemsize == 1 and jnp.issubdtype(k_ref.dtype, jnp.floating)
-    dtype = jnp.float16 if is_float8 and q_XC.dtype == jnp.bfloat16 else q_XC.dtype
-    q_XC = q_XC.astype(dtype)
+    q_XC = q_XC.astype(_product_dtype(q_ref.dtype, pages.keys.dtype))
 
-    # Blocks of keys that some query of the tile sees, and this program's share of them.
-    last_token = jnp.minimum(first_token + tile_tokens, length) - 1
-    end = jnp.where(last_token < first_token, 0, pl.cdiv(start + last_token + 1, S))
-    begin = jnp.maximum(start + first_token - window + 1, 0) // S
-    share = pl.cdiv(jnp.maximum(end - begin, 0), tiling.splits)
-    begin = begin + split * share
-    end = jnp.minimum(end, begin + share)
-
-    def visit(masked: bool, i, carry):
-        peak_X, total_X, sum_XU = carry
+    def visit(masked: bool, i: jax.Array, carry: Carry) -> Carry:
         key_S = i * S + lax.iota(jnp.int32, S)
-        page_S = plgpu.load(
-            tables_ref.at[row, key_S // page_size], mask=key_S < W * page_size, other=0
-        )
-        token = (page_S, key_S % page_size, kv_head)
-        k_SC = load(k_ref, *places(token, C)).astype(dtype)
-        scores_XS = dot(q_XC, k_SC.T) * scale
-        if scale_refs:
-            scores_XS = scores_XS * plgpu.load(scale_refs[0].at[token])[None, :]
-        if softcap is not None:
-            scores_XS = softcap * jnp.tanh(scores_XS / softcap)
-        scores_XS = scores_XS * LOG2_E
+        token = (*_place(tables_ref, row, key_S, pages.page_size), kv_head)
+        k_SC = load(pages.keys, *places(token, C)).astype(q_XC.dtype)
+        key_scale_S = None
+        if pages.key_scales is not None:
+            key_scale_S = plgpu.load(pages.key_scales.at[token])
+        scores_XS = _scores(dot(q_XC, k_SC.T) * scale, key_scale_S, softcap)
         if masked:
             seen_XS = (key_S[None, :] <= at_X[:, None]) & (key_S[None, :] > at_X[:, None] - window)
             scores_XS = jnp.where(seen_XS, scores_XS, -jnp.inf)
-        new_peak_X = jnp.maximum(peak_X, scores_XS.max(axis=1))
-        weights_XS = jnp.exp2(scores_XS - new_peak_X[:, None])
-        decay_X = jnp.exp2(peak_X - new_peak_X)
-        total_X = total_X * decay_X + weights_XS.sum(axis=1)
-        if scale_refs:
-            weights_XS = weights_XS * plgpu.load(scale_refs[1].at[token])[None, :]
-        v_SU = load(v_ref, *places(token, U)).astype(dtype)
-        seen_XU = dot(weights_XS.astype(dtype), v_SU)
-        return new_peak_X, total_X, sum_XU * decay_X[:, None] + seen_XU
+        weights_XS, decay_X, peak_X, total_X = _soften(scores_XS, *carry[:2])
+        if pages.value_scales is not None:
+            weights_XS = weights_XS * plgpu.load(pages.value_scales.at[token])[None, :]
+        v_SU = load(pages.values, *places(token, U)).astype(q_XC.dtype)
+        seen_XU = dot(weights_XS.astype(q_XC.dtype), v_SU)
+        return peak_X, total_X, carry[2] * decay_X[:, None] + seen_XU
 
-    peak_X, total_X = jnp.full((X,), NOTHING_SEEN), jnp.zeros((X,), jnp.float32)
+    last_token = jnp.minimum(first_token + tile_tokens, length) - 1
+    begin, clear_begin, clear_end, end = _blocks(
+        start + first_token, start + last_token, window, S, split, tiling.splits
+    )
+    sinks_X = None
     if sinks_ref is not None:
-        # A sink is a key without a value, seen by one of the programs that share the keys.
         sinks_X = plgpu.load(sinks_ref.at[kv_head, head_X], mask=head_X < G, other=0)
-        has_sink = split == 0
-        peak_X = jnp.where(has_sink, sinks_X.astype(jnp.float32) * LOG2_E, peak_X)
-        total_X = jnp.where(has_sink, 1.0, total_X)
-    carry = (peak_X, total_X, jnp.zeros((X, power_of_two(U)), jnp.float32))
-    # Between the window's edge and the diagonal every query sees every key: no mask.
-    clear_end = jnp.clip((start + first_token + 1) // S, begin, end)
-    clear_begin = jnp.clip(pl.cdiv(start + last_token + 1 - window, S), begin, clear_end)
+    carry = (*_before_keys(len(slot_X), sinks_X, split), jnp.zeros((len(slot_X), power_of_two(U))))
     if T == 1:
         carry = lax.fori_loop(begin, end, partial(visit, True), carry)
     else:
@@ -227,11 +196,83 @@ def _kernel(
         carry = lax.fori_loop(clear_end, end, partial(visit, True), carry)
     peak_X, total_X, sum_XU = carry
 
-    out_XU = sum_XU / jnp.maximum(total_X, 1e-30)[:, None]
-    out_place, out_mask = places((split, row, token_X, kv_head, head_X), U, is_query_X)
-    plgpu.store(out_ref.at[out_place], out_XU.astype(out_ref.dtype), mask=out_mask)
-    lse_X = peak_X + jnp.log2(jnp.maximum(total_X, 1e-30))
-    plgpu.store(lse_ref.at[split, row, token_X, kv_head, head_X], lse_X, mask=is_query_X)
+    total_X = jnp.maximum(total_X, LEAST_TOTAL)
+    place, mask = places((split, row, token_X, kv_head, head_X), U, is_query_X)
+    plgpu.store(out_ref.at[place], (sum_XU / total_X[:, None]).astype(out_ref.dtype), mask=mask)
+    lse_place = (split, row, token_X, kv_head, head_X)
+    plgpu.store(lse_ref.at[lse_place], peak_X + jnp.log2(total_X), mask=is_query_X)
+
+
+def _product_dtype(queries: jnp.dtype, cached: jnp.dtype) -> jnp.dtype:
+    """What queries, keys and values are multiplied in.
+
+    A float of 8 bits is turned into float16 by one instruction, into bfloat16 by three.
+    """
+    is_float8 = cached.itemsize == 1 and jnp.issubdtype(cached, jnp.floating)
+    return jnp.dtype(jnp.float16) if is_float8 and queries == jnp.bfloat16 else queries
+
+
+def _place(
+    tables_ref: Any, row: jax.Array, key_S: jax.Array, page_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Each key's page, the null page beyond the row's table, and its place there."""
+    is_listed_S = key_S < tables_ref.shape[1] * page_size
+    page_S = plgpu.load(tables_ref.at[row, key_S // page_size], mask=is_listed_S, other=0)
+    return page_S, key_S % page_size
+
+
+def _blocks(
+    first: jax.Array, last: jax.Array, window: jax.Array, size: int, split: jax.Array, splits: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """This program's share of the blocks of keys that queries at `first .. last` see.
+
+    They go from the first of the four to the last. Those between the others, from the window's edge
+    to the diagonal, are seen whole by every query. No query, no block: where `last < first`.
+    """
+    begin = jnp.maximum(first - window + 1, 0) // size
+    end = jnp.where(last < first, 0, pl.cdiv(last + 1, size))
+    share = pl.cdiv(jnp.maximum(end - begin, 0), splits)
+    begin = begin + split * share
+    end = jnp.minimum(end, begin + share)
+    clear_end = jnp.clip((first + 1) // size, begin, end)
+    clear_begin = jnp.clip(pl.cdiv(last + 1 - window, size), begin, clear_end)
+    return begin, clear_begin, clear_end, end
+
+
+def _before_keys(
+    size: int, sinks_X: jax.Array | None, split: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Peaks and totals before the first key.
+
+    A sink is a key without a value, seen by one of the programs that share the keys.
+    """
+    peak_X, total_X = jnp.full((size,), NOTHING_SEEN), jnp.zeros((size,))
+    if sinks_X is None:
+        return peak_X, total_X
+    has_sink = split == 0
+    peak_X = jnp.where(has_sink, sinks_X.astype(jnp.float32) * LOG2_E, peak_X)
+    return peak_X, jnp.where(has_sink, 1.0, total_X)
+
+
+def _scores(
+    products_XS: jax.Array, key_scale_S: jax.Array | None, softcap: float | None
+) -> jax.Array:
+    """Scores to the base of 2."""
+    if key_scale_S is not None:
+        products_XS = products_XS * key_scale_S[None, :]
+    if softcap is not None:
+        products_XS = softcap * jnp.tanh(products_XS / softcap)
+    return products_XS * LOG2_E
+
+
+def _soften(
+    scores_XS: jax.Array, peak_X: jax.Array, total_X: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights of these keys, the decay of what was summed before, and the new peaks and totals."""
+    new_peak_X = jnp.maximum(peak_X, scores_XS.max(axis=1))
+    weights_XS = jnp.exp2(scores_XS - new_peak_X[:, None])
+    decay_X = jnp.exp2(peak_X - new_peak_X)
+    return weights_XS, decay_X, new_peak_X, total_X * decay_X + weights_XS.sum(axis=1)
 
 
 def _merge(

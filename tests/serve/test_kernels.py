@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from model.kernel_choice import XLA
+from model.kernel_choice import XLA, fallbacks
 from tests.serve.harness import (
     DENSE,
     assert_greedy,
