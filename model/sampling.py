@@ -117,7 +117,10 @@ def _top(x: Float[Array, "*R V"], count: int) -> tuple[jax.Array, jax.Array]:
         top, top_ids = (jnp.moveaxis(part, 0, -1) for part in found)
         return top, top_ids
 
-    return lax.platform_dependent(x, cpu=lambda x: tuple(lax.top_k(x, count)), default=by_passes)
+    top, top_ids = lax.platform_dependent(
+        x, cpu=lambda x: tuple(lax.top_k(x, count)), default=by_passes
+    )
+    return top, top_ids
 
 
 def no_logprobs(shape: tuple[int, ...], vocab_size: int) -> Logprobs:

@@ -138,6 +138,5 @@ class Attention(Trial):
         )
         return out_BTHC.reshape(q_RTKGC.shape)
 
-    def uncovered(self) -> str:
-        q, pages, *_ = jax.eval_shape(self.make)
-        return pallas_attention.uncovered(q, pages) if self.by_pallas else ""
+    def refusal(self, q, pages, *_) -> str:
+        return pallas_attention.uncovered(q, pages)

@@ -47,8 +47,8 @@ def environment(devices: Devices, flags: str, inherited: Mapping[str, str]) -> d
     if devices.platform == "cpu":
         own += f" --xla_force_host_platform_device_count={devices.count}"
     changed = {**inherited, "XLA_FLAGS": " ".join([*own.split(), *flags.split()])}
-    # Programs kept from an earlier process would hide what compiling takes.
-    changed["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    # Programs kept from an earlier process would hide what compiling takes, unless that is asked.
+    changed.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     if devices.platform != "gpu":
         changed["JAX_PLATFORMS"] = "cpu"
     return changed

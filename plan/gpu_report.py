@@ -47,7 +47,8 @@ ENVIRONMENT = {
     # Pages take what they can get; JAX alone would leave a quarter of the memory unused.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # What XLA has tuned once it need not tune in the next process.
+    # What was compiled and tuned once need not be in the next process, nor in the next run.
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # Peers would look for newer kernels.
@@ -209,10 +210,10 @@ def _draw(results: Results, path: Path) -> str | None:
     if not results.curves:
         return None
     try:
-        from plan.gpu_picture import draw
+        from plan.pictures import draw_curves
     except ModuleNotFoundError:
         return None
-    draw(results.curves, results.device, path)
+    draw_curves(results.curves, results.device, path)
     return path.name
 
 

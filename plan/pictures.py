@@ -1,4 +1,4 @@
-"""Pictures of a run: a panel for each case, a bar for each mesh or whatever else competes.
+"""Pictures of a run: a panel for each case with a bar for each competitor, and curves.
 
 It needs matplotlib, and does not know how figures were taken.
 """
@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plan.contest import cases, competitor
+from plan.gpu_results import Curve
 from plan.kinds import Contest
 from plan.ledger import Record
 from plan.units import show, title
 
 COLORS = ("#1f6f8b", "#c4c9cf", "#d98e04")
+LINE_COLORS = ("#1f6f8b", "#d98e04", "#7a4b94", "#5b8c2a", "#b03a48")
 NUM_COLUMNS = 3
 
 Panel = Callable[[Axes, Sequence[Record]], None]
@@ -34,6 +36,28 @@ def draw(contest: Contest, records: Sequence[Record], folder: Path, kind: str) -
     _panels(contest, fitting, folder / names[0], rate, partial(_rates, contest, rate))
     _panels(contest, sized, folder / names[1], "bytes", partial(_memory, contest))
     return names
+
+
+def draw_curves(curves: Sequence[Curve], device: str, path: Path) -> None:
+    """Tokens per second by batch, each curve beside the most that the device allows."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for place, curve in enumerate(curves):
+        color = LINE_COLORS[place % len(LINE_COLORS)]
+        axes.plot(curve.batches, curve.floors_per_s, "--", color=color, linewidth=0.9)
+        axes.plot(curve.batches, curve.tokens_per_s, "o-", color=color, label=curve.label)
+    axes.plot([], [], "--", color="gray", label="the most at measured rates")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    batches = sorted({batch for curve in curves for batch in curve.batches})
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_xlabel("rows decoded together")
+    axes.set_ylabel("tokens/s")
+    axes.set_title(device, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def _panels(

@@ -226,8 +226,8 @@ def _closed_loop(load: Load) -> dict[str, Any]:
     full_s, ended = clock(), load.num_ended
     go_on_until(lambda: clock() > full_s + serving.window_s)
     figures = load.figures(full_s, clock())
-    ramp = {"ramp_s": full_s - begin_s, "num_running": engine.load().num_running}
-    return figures | ramp | {"num_finished": load.num_ended - ended}
+    finished = load.num_ended - ended
+    return figures | {"ramp_s": full_s - begin_s, "num_finished": finished}
 
 
 def _profile(steps: Sequence[Step]) -> dict[str, Any]:
@@ -305,7 +305,8 @@ def _programs(serving: Serving, devices: Devices) -> KeptPrograms:
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     room = int(MEMORY_SHARE * find_memory_bytes(devices, None)) - weight_bytes
     most = max(0, room) // programs.cache.page_bytes(partition)
-    num_pages = 1 + min(most, serving.max_batch * width)
+    # Nobody is admitted unless a page is free for each that runs.
+    num_pages = 1 + min(most, serving.max_batch * (width + 1))
     return replace(programs, cache=replace(programs.cache, num_pages=num_pages))
 
 

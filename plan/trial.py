@@ -54,9 +54,17 @@ class Trial(ABC):
     def chain(self, *arguments: Any) -> Any:
         """`num_calls` calls one after the other."""
 
+    @abstractmethod
+    def refusal(self, *arguments: Any) -> str:
+        """Why Pallas can't take these, by their shapes; empty when it can."""
+
     def uncovered(self) -> str:
         """Why the kernel can't take this shape; empty when it can."""
-        return ""
+        if not self.kernel.kernel.startswith("pallas"):
+            return ""
+        said: list[str] = []
+        jax.eval_shape(lambda: said.append(self.refusal(*self.make())))
+        return said[0]
 
     @property
     def interpret(self) -> bool:

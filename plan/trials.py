@@ -88,9 +88,8 @@ class Rotate(Trial):
             norms = (q_norm, k_norm)
         return rotate(qkv, norms, positions_N, inv_freq_H, jnp.float32(1), pages, page_N)
 
-    def uncovered(self) -> str:
-        qkv, _, _, _, pages, _ = jax.eval_shape(self.make)
-        return pallas_rotate.uncovered(qkv, pages) if self.by_pallas else ""
+    def refusal(self, qkv, weights, positions_N, inv_freq_H, pages, page_N) -> str:
+        return pallas_rotate.uncovered(qkv, pages)
 
 
 class Product(Trial):
@@ -141,12 +140,10 @@ class Product(Trial):
             residual_NF=residual_NF,
         )
 
-    def uncovered(self) -> str:
-        if not self.by_pallas:
-            return ""
+    def refusal(self, x_ND, *_) -> str:
         if self.kernel.rows > pallas_matmul.MOST_ROWS:
             return f"{self.kernel.rows} rows, of {pallas_matmul.MOST_ROWS} possible"
-        return pallas_matmul.uncovered(jax.eval_shape(self.make)[0])
+        return pallas_matmul.uncovered(x_ND)
 
 
 TRIALS: dict[str, type[Trial]] = {

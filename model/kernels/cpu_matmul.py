@@ -22,11 +22,10 @@ def fused_matmul(
     """
     if x_ND.shape[0] > 1 or x_ND.dtype != jnp.bfloat16:
         return xla_matmul.fused_matmul(x_ND, weight_DPF, **around)
-    around = {
-        name: _two_rows(value) if name == "residual_NF" else value for name, value in around.items()
-    }
+    if around.get("residual_NF") is not None:
+        around["residual_NF"] = _two_rows(around["residual_NF"])
     return xla_matmul.fused_matmul(_two_rows(x_ND), weight_DPF, **around)[:1]
 
 
-def _two_rows(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else jnp.pad(x, ((0, 1), (0, 0)))
+def _two_rows(x_1D: jax.Array) -> jax.Array:
+    return jnp.pad(x_1D, ((0, 1), (0, 0)))

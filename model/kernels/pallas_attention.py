@@ -168,14 +168,14 @@ def _kernel(
         k_SC = load(pages.keys, *places(token, C)).astype(q_XC.dtype)
         key_scale_S = None
         if pages.key_scales is not None:
-            key_scale_S = plgpu.load(pages.key_scales.at[token])
+            key_scale_S = load(pages.key_scales, token, None)
         scores_XS = _scores(dot(q_XC, k_SC.T) * scale, key_scale_S, softcap)
         if masked:
             seen_XS = (key_S[None, :] <= at_X[:, None]) & (key_S[None, :] > at_X[:, None] - window)
             scores_XS = jnp.where(seen_XS, scores_XS, -jnp.inf)
         weights_XS, decay_X, peak_X, total_X = _soften(scores_XS, *carry[:2])
         if pages.value_scales is not None:
-            weights_XS = weights_XS * plgpu.load(pages.value_scales.at[token])[None, :]
+            weights_XS = weights_XS * load(pages.value_scales, token, None)[None, :]
         v_SU = load(pages.values, *places(token, U)).astype(q_XC.dtype)
         seen_XU = dot(weights_XS.astype(q_XC.dtype), v_SU)
         return peak_X, total_X, carry[2] * decay_X[:, None] + seen_XU

@@ -96,7 +96,7 @@ def _kernel(
         depth_K = i * DEPTH + lax.iota(jnp.int32, DEPTH)
         x_place = (row_X[:, None], depth_K[None, :])
         x_XK = load(x_ref, x_place, jnp.broadcast_to(row_X[:, None] < N, (rows, DEPTH)))
-        if norm_ref is not None:
+        if norm_ref is not None and norm is not None:
             x32_XK = x_XK.astype(jnp.float32)
             squares_X = squares_X + (x32_XK * x32_XK).sum(axis=1)
             weight_K = plgpu.load(norm_ref.at[depth_K]).astype(jnp.float32) + norm[1]

@@ -12,10 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from model.pages import Pages
 
-DECODE_BLOCK = 128
-PREFILL_BLOCK = 128
-"""Keys taken per turn of the loop, for rows of one query and of many: smaller blocks cost turns,
-larger ones visit keys that nobody sees."""
+BLOCK = 128
+"""Keys taken per turn of the loop: smaller blocks cost turns, larger ones visit keys that nobody
+sees."""
 
 NOTHING_SEEN = -1e30
 """The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
@@ -42,25 +41,22 @@ def paged_attention(
     """
     rules = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
     if q_RTKGC.shape[1] == 1:
-        return attend_rows(
-            q_RTKGC, pages, tables_RW, starts_R, lengths_R, block_tokens=DECODE_BLOCK, **rules
-        )
+        return _attend(q_RTKGC, pages, tables_RW, starts_R, lengths_R, **rules)
 
     def attend_one(row: tuple[jax.Array, ...]) -> jax.Array:
         q, table, start, length = (part[None] for part in row)
-        return attend_rows(q, pages, table, start, length, block_tokens=PREFILL_BLOCK, **rules)[0]
+        return _attend(q, pages, table, start, length, **rules)[0]
 
     return lax.map(attend_one, (q_RTKGC, tables_RW, starts_R, lengths_R))
 
 
-def attend_rows(
+def _attend(
     q_RTKGC: jax.Array,
     pages: Pages,
     tables_RW: jax.Array,
     starts_R: jax.Array,
     lengths_R: jax.Array,
     *,
-    block_tokens: int,
     scale: float,
     window: jax.Array,
     softcap: float | None,
@@ -69,7 +65,7 @@ def attend_rows(
     """`paged_attention` over rows that visit the same blocks."""
     R, T, K, G, C = q_RTKGC.shape
     page_size, X = pages.page_size, G * T
-    block_pages = max(1, min(block_tokens // page_size, tables_RW.shape[1]))
+    block_pages = max(1, min(BLOCK // page_size, tables_RW.shape[1]))
     block = block_pages * page_size
     tables_RW = jnp.pad(tables_RW, ((0, 0), (0, -tables_RW.shape[1] % block_pages)))
     num_blocks = tables_RW.shape[1] // block_pages
@@ -130,10 +126,6 @@ def _gather(
     One gather of single heads: gathering pages and then turning them writes everything twice.
     """
     _, page_size, K, C = cached_PpKC.shape
-    if K == 1 and scales_PpK is None:
-        # Flat, so that no layout is chosen for an axis of one.
-        found_RWX = cached_PpKC.reshape(-1, page_size * C)[table_RW]
-        return found_RWX.reshape(table_RW.shape[0], 1, -1, C).astype(dtype)
     token_RS = (table_RW[..., None] * page_size + lax.iota(jnp.int32, page_size)).reshape(
         table_RW.shape[0], -1
     )

@@ -103,7 +103,7 @@ def test_a_wrong_setting_is_refused_with_what_would_be_right(changes, message):
 
 
 def test_a_matrix_without_a_kind_or_a_needed_setting_is_refused():
-    with pytest.raises(ValueError, match="kind is missing; there are step"):
+    with pytest.raises(ValueError, match=r"kind is missing; there are .*step"):
         make({"model": "tiny"})
     with pytest.raises(ValueError, match="step needs model"):
         make({"kind": "step"})

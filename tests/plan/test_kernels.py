@@ -1,5 +1,6 @@
 """Kernels are compared with the reference, then timed; what can't be used says why."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +162,5 @@ def test_what_a_kernel_does_not_cover_is_said_not_tried() -> None:
     ],
 )
 def test_senseless_settings_are_refused(kernel: Kernel, changes: Any, said: str) -> None:
-    with pytest.raises(ValueError, match="must|there is no|needs|takes|only|is for") as refused:
+    with pytest.raises(ValueError, match=re.escape(said)):
         replace(kernel, **changes)
-    assert said in str(refused.value)

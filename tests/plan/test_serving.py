@@ -1,5 +1,6 @@
 """The engine under a load: what a server would compile, and rates that add up."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from plan import serving as module
 from plan.ahead import prepare
 from plan.devices import Devices
 from plan.kinds.serving import Serving
+from plan.models import load_model
 from plan.serving import Load, shapes
 
 CPU = Devices("cpu", 1)
@@ -24,6 +26,12 @@ TINY = Serving(
     max_context=32,
     page_size=16,
 )
+
+
+@pytest.fixture(autouse=True)
+def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As good as eight, and compiled in less time."""
+    monkeypatch.setattr(module, "load_model", lambda name: load_model(name, 2))
 
 
 def test_programs_are_the_servers_but_for_smaller_batches() -> None:
@@ -60,7 +68,7 @@ def test_a_batch_is_answered_in_full_and_its_rates_add_up(monkeypatch) -> None:
 def test_a_closed_loop_stays_full() -> None:
     figures = replace(TINY, window_s=0.3).measure(CPU, None).figures
     assert figures["window_s"] == pytest.approx(0.3, abs=0.2)
-    assert figures["num_running"] == 2
+    assert figures["step_rows"] > 1.3
     assert figures["num_finished"] > 3
     finished = figures["num_finished"] * TINY.output
     assert figures["output_tokens_per_s"] * figures["window_s"] == pytest.approx(finished, rel=0.3)
@@ -74,7 +82,7 @@ def test_a_request_that_does_not_end_by_its_length_fails_the_point(monkeypatch) 
         self.engine.abort(f"request-{self.num_submitted}")
 
     monkeypatch.setattr(Load, "submit", submit_and_abort)
-    with pytest.raises(RuntimeError, match="request-1 ended by FinishReason.CANCELLED"):
+    with pytest.raises(RuntimeError, match=r"request-1 ended by .*CANCELLED"):
         TINY.measure(CPU, None)
 
 
@@ -95,9 +103,8 @@ def test_memory_without_room_for_a_request_is_a_misfit(monkeypatch) -> None:
     ],
 )
 def test_senseless_settings_are_refused(changes: Any, said: str) -> None:
-    with pytest.raises(ValueError, match="must|raise|allow|there is no") as refused:
+    with pytest.raises(ValueError, match=re.escape(said)):
         replace(TINY, **changes)
-    assert said in str(refused.value)
 
 
 def test_devices_that_are_not_there_serve_nobody() -> None:

@@ -12,7 +12,7 @@ from model.kernels.pallas_attention import Tiling
 from model.pages import empty_pages
 from tests.model.kernels.cases import NO_WINDOW, Case, Shape, case, jit, jit_interpreted
 
-BLOCK = xla_attention.DECODE_BLOCK
+BLOCK = xla_attention.BLOCK
 
 SPLIT = Tiling(queries=16, keys=16, splits=4, num_warps=4, num_stages=1)
 """Four programs share a tile's keys; of prefill rows a tile holds four tokens."""
