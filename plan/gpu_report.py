@@ -40,7 +40,7 @@ LEDGERS = ROOT / ".cache" / "gpu-report"
 
 LIMIT_S = 560.0
 """Such machines are lent for ten minutes a command: the rest is for writing and carrying."""
-AT_ONCE = 16
+AT_ONCE = 8
 """Points whose programs are compiled together: with more, the first would wait long."""
 
 ENVIRONMENT = {
@@ -141,6 +141,8 @@ def _measure(experiment: Experiment, ledger: Ledger, limit_s: float) -> Results:
                     )
                 except (WorkerDied, WorkerLate) as error:
                     problems.append(str(error))
+                    if device is None:
+                        break  # nothing else would find one
                     continue
             device = found.records[0].device if found.records else device
     except KeyboardInterrupt:

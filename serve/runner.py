@@ -5,6 +5,7 @@ know why rows were chosen.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from serve.request import TokenLogprobs
 from serve.scheduler import RowResult
 
 log = logging.getLogger("weft")
+
+MOST_COMPILERS = 8
+"""Programs compiled at once: a large one takes a GiB or so of the host's memory."""
 
 
 class Runner:
@@ -71,8 +75,8 @@ class Runner:
 
         `progress` is told each program's name, and how many are done.
         """
-        # XLA releases the interpreter while it compiles: two threads keep a second core busy.
-        with ThreadPoolExecutor(2) as pool:
+        # XLA releases the interpreter while it compiles.
+        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
             for done, shape in enumerate(pool.map(self._compile, self.shapes), start=1):
                 progress(_describe(shape), done)
         self._set_history(self.programs.limits.max_batch, [], [])
