@@ -6,6 +6,7 @@ It knows of the engine what `serve/front.py` knows of it.
 """
 
 import argparse
+import gc
 import itertools
 import queue
 import time
@@ -45,6 +46,8 @@ def start(model: Path, dtype: str) -> Iterator[tuple[Ready, Generate]]:
         "weft bench",
     )
     engine = build_engine(config)
+    # As `weft serve` does: what was built is never garbage, and looking through it takes long.
+    gc.freeze()
     engine.start()
     try:
         ready = Ready(

@@ -1,4 +1,4 @@
-"""Decode rows with their kv heads side by side, in plain XLA: what a CPU does best.
+"""Attention over pages in the form that suits a CPU, in plain XLA.
 
 It does not know requests.
 """
@@ -26,19 +26,21 @@ def paged_attention(
     softcap: float | None = None,
     sinks_KG: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "R 1 K G U"]:
-    """As `model/kernels/xla_attention.py`'s, for rows of one query.
+    """As `model/kernels/xla_attention.py`'s, for rows of one query; computed in float32.
 
-    The kv heads of a token are taken as one of K x C channels. Each query is zero outside its own
-    head's channels, and keeps only those of the answer. A few queries then meet a token's keys in
-    one piece, as they lie in the page, and a product of K x G columns costs no more than K products
-    of G.
+    Products this small are slower in bfloat16. The kv heads of a token are taken as one of K x C
+    channels: each query is zero outside its own head's channels, and keeps only those of the
+    answer. A few queries then meet a token's keys in one piece, as they lie in the page, and a
+    product of K x G columns costs no more than K products of G.
     """
     R, _, K, G, _ = q_R1KGC.shape
     rows = (tables_RW, starts_R, lengths_R)
     rules = {"scale": scale, "window": window, "softcap": softcap}
+    dtype, q_R1KGC = q_R1KGC.dtype, q_R1KGC.astype(jnp.float32)
     if K == 1 or K * G > MOST_HEADS or pages.key_scales is not None:
-        return xla_attention.paged_attention(q_R1KGC, pages, *rows, sinks_KG=sinks_KG, **rules)
-    own = jnp.eye(K, dtype=q_R1KGC.dtype)[:, None, :, None]
+        out_R1KGU = xla_attention.paged_attention(q_R1KGC, pages, *rows, sinks_KG=sinks_KG, **rules)
+        return out_R1KGU.astype(dtype)
+    own = jnp.eye(K)[:, None, :, None]
     q_R11YD = (q_R1KGC[:, :, :, :, None] * own).reshape(R, 1, 1, K * G, -1)
     out_R11YD = xla_attention.paged_attention(
         q_R11YD,
@@ -47,4 +49,4 @@ def paged_attention(
         sinks_KG=None if sinks_KG is None else sinks_KG.reshape(1, K * G),
         **rules,
     )
-    return jnp.einsum("rtkgku->rtkgu", out_R11YD.reshape(R, 1, K, G, K, -1))
+    return jnp.einsum("rtkgku->rtkgu", out_R11YD.reshape(R, 1, K, G, K, -1)).astype(dtype)
