@@ -7,12 +7,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+from plan.machine import cpu_model, git
 
 
 @dataclass(frozen=True)
@@ -170,16 +171,16 @@ def ratio(ours: Side, peer: Side, workload: str) -> tuple[float, float, float]:
 
 def this_machine(sources: Path) -> Machine:
     """The machine we are on, and the commit that `sources`, a checkout, is at."""
-    commit = _git(sources, "rev-parse", "--short", "HEAD")
+    commit = git(sources, "rev-parse", "--short", "HEAD")
     return Machine(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         num_cores=len(os.sched_getaffinity(0)),
         memory_gib=psutil.virtual_memory().total / 2**30,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         load_before=os.getloadavg()[0],
         commit=commit or "unknown (no commit here)",
-        dirty=bool(_git(sources, "status", "--porcelain")),
+        dirty=bool(git(sources, "status", "--porcelain")),
     )
 
 
@@ -219,24 +220,3 @@ def _spread(median: float, low: float, high: float, show: Callable[[float], str]
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cpu_model() -> str:
-    """Linux names it in a file that platform.processor() does not read."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git(directory: Path, *arguments: str) -> str:
-    """Empty where git, a repository or an answer is missing."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""

@@ -21,7 +21,7 @@ MEASURED = (
 
 def cores() -> str:
     """The processor, and how many of its cores we may use."""
-    return f"{len(os.sched_getaffinity(0))} cores of {_cpu_model()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}"
 
 
 def sources(root: Path = ROOT) -> str:
@@ -29,8 +29,8 @@ def sources(root: Path = ROOT) -> str:
 
     So figures of one state of the sources are never taken for another's.
     """
-    commit = _git(root, "rev-parse", "--short", "HEAD")
-    if commit and not _git(root, "status", "--porcelain", "--", *(f":(glob){g}" for g in MEASURED)):
+    commit = git(root, "rev-parse", "--short", "HEAD")
+    if commit and not git(root, "status", "--porcelain", "--", *(f":(glob){g}" for g in MEASURED)):
         return commit
     digest = hashlib.sha256()
     for path in sorted(path for pattern in MEASURED for path in root.glob(pattern)):
@@ -38,7 +38,7 @@ def sources(root: Path = ROOT) -> str:
     return f"{commit or 'no commit'}+{digest.hexdigest()[:8]}"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Linux names it in a file that platform.processor() does not read."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -48,7 +48,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(directory: Path, *arguments: str) -> str:
+def git(directory: Path, *arguments: str) -> str:
     """Empty where git, a repository or an answer is missing."""
     try:
         found = subprocess.run(

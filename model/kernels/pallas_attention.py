@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from model.kernels.tiles import dot, load, places, power_of_two
+from model.kernels.tiles import beyond_offsets, dot, load, places, power_of_two
 from model.pages import Pages
 
 LEAST_TILE = 16
@@ -66,11 +66,7 @@ def uncovered(q_RTKGC: jax.Array, pages: Pages) -> str:
         return f"heads of {widest} channels, of {MAX_WIDTH} possible"
     if group > 128:
         return f"{group} query heads share a kv head, of 128 possible"
-    # Pallas (0.11.2) counts in 32 bits up to 2**32 bytes; a byte a number then overflows them.
-    for cached in (pages.keys, pages.values):
-        if cached.size >= 2**31 and cached.size * cached.dtype.itemsize <= 2**32:
-            return f"{cached.size:,} numbers a layer in {cached.dtype.name} pages"
-    return ""
+    return beyond_offsets(pages.keys) or beyond_offsets(pages.values)
 
 
 def default_tiling(q_RTKGC: jax.Array) -> Tiling:

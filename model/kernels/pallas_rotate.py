@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from model.kernels.tiles import load, places, power_of_two
+from model.kernels.tiles import beyond_offsets, load, places, power_of_two
 from model.linear import Norm
 from model.pages import Pages, stored
 
@@ -26,10 +26,7 @@ def uncovered(qkv_NKJC: jax.Array, pages: Pages) -> str:
     _, _, J, C = qkv_NKJC.shape
     if power_of_two(J) * power_of_two(C) > MOST_NUMBERS:
         return f"{J - 2} query heads of {C} channels share a kv head"
-    # Pallas (0.11.2) counts in 32 bits up to 2**32 bytes; a byte a number then overflows them.
-    if pages.keys.size >= 2**31 and pages.keys.size * pages.keys.dtype.itemsize <= 2**32:
-        return f"{pages.keys.size:,} numbers a layer in {pages.keys.dtype.name} pages"
-    return ""
+    return beyond_offsets(pages.keys)
 
 
 def rotate_and_write(

@@ -19,6 +19,16 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def beyond_offsets(cached: jax.Array) -> str:
+    """Why a kernel would miss places of these pages; empty where it doesn't.
+
+    Pallas (0.11.2) counts in 32 bits up to 2**32 bytes; a byte a number then overflows them.
+    """
+    if cached.size >= 2**31 and cached.size * cached.dtype.itemsize <= 2**32:
+        return f"{cached.size:,} numbers a layer in {cached.dtype.name} pages"
+    return ""
+
+
 def places(
     index: tuple[Any, ...], width: int, mask_X: jax.Array | None = None, first: int = 0
 ) -> tuple[Place, jax.Array | None]:

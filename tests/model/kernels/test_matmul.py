@@ -30,7 +30,7 @@ def double(x: jax.Array) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
-def close(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
+def assert_close(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
     """bfloat16 rounds x once after the norm, hidden numbers and the result: 2**-8 of each."""
     tolerance = 1e-5 if dtype == "float32" else 2**-6
     assert found.dtype == dtype
@@ -49,7 +49,7 @@ def test_norm_comes_before_and_activation_after(kernel, rows, columns, dtype):
     mean = (double(x) ** 2).mean(-1, keepdims=True)
     normed = double(x) / np.sqrt(mean + EPS) * (double(scale) + OFFSET)
     gate, up = (normed @ double(weight)[:, part] for part in range(2))
-    close(found, gate / (1 + np.exp(-gate)) * up, dtype)
+    assert_close(found, gate / (1 + np.exp(-gate)) * up, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -59,7 +59,7 @@ def test_residual_is_added(kernel, rows, dtype):
     x, weight = numbers(0, rows, DEPTH, dtype=dtype), numbers(1, DEPTH, 1, 33, dtype=dtype) / 16
     residual = numbers(2, rows, 33, dtype=dtype)
     found = KERNELS[kernel](x, weight, residual_NF=residual)
-    close(found, double(x) @ double(weight)[:, 0] + double(residual), dtype)
+    assert_close(found, double(x) @ double(weight)[:, 0] + double(residual), dtype)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
