@@ -18,11 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from model.kernels.tiles import beyond_offsets, dot, load, places, power_of_two
+from model.kernels.tiles import (
+    LEAST_TILE,
+    NUM_CORES,
+    beyond_offsets,
+    dot,
+    load,
+    places,
+    power_of_two,
+)
 from model.pages import Pages
-
-LEAST_TILE = 16
-"""Rows of the smallest tensor-core product; a tile with fewer queries is padded to as many."""
 
 NOTHING_SEEN = -1e30
 """The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
@@ -31,9 +36,6 @@ LEAST_TOTAL = 1e-30
 """Where no key was seen, what 0 is divided by."""
 
 LOG2_E = math.log2(math.e)
-NUM_CORES = 132
-"""Multiprocessors of an H100 or H200 (SXM)."""
-
 MAX_WIDTH = 256
 """Channels of a head beyond which a tile's sums don't fit a multiprocessor's registers."""
 

@@ -13,21 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from model.kernels.tiles import dot, load, power_of_two
+from model.kernels.tiles import LEAST_TILE, NUM_CORES, dot, load, power_of_two
 from model.kernels.xla_matmul import Activate
 from model.linear import Norm
 
 MOST_ROWS = 64
 """Beyond, a product takes longer to compute than its weight to read, and cuBLAS is better at it."""
 
-LEAST_ROWS = 16
-"""Rows of the smallest tensor-core product."""
-
 DEPTH = 128
 """Rows of the weight per turn of the loop."""
-
-NUM_CORES = 132
-"""Multiprocessors of an H100 or H200 (SXM)."""
 
 
 def uncovered(x_ND: jax.Array) -> str:
@@ -86,7 +80,7 @@ def _kernel(
     residual_ref = refs.pop(0) if has_residual else None
     (out_ref,) = refs
     (N, D), (_, parts, F) = x_ref.shape, weight_ref.shape
-    rows = max(LEAST_ROWS, power_of_two(N))
+    rows = max(LEAST_TILE, power_of_two(N))
     row_X = lax.iota(jnp.int32, rows)
     column_F = pl.program_id(0) * columns + lax.iota(jnp.int32, columns)
     is_column = None if F % columns == 0 else jnp.broadcast_to(column_F < F, (DEPTH, columns))

@@ -13,6 +13,12 @@ from jax.experimental.pallas import triton as plgpu
 
 Place = tuple[Any, ...]
 
+LEAST_TILE = 16
+"""Rows of the smallest tensor-core product; a tile with fewer is padded to as many."""
+
+NUM_CORES = 132
+"""Multiprocessors of an H100 or H200 (SXM)."""
+
 
 def power_of_two(number: int) -> int:
     """The smallest that is at least `number`."""
