@@ -3,6 +3,7 @@
 It does not know where the product came from or who attends.
 """
 
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from model.linear import Norm, rms_norm
@@ -28,7 +29,9 @@ def rotate_and_write(
     q_NKGC, k_NKC, v_NKC = qkv_NKJC[:, :, : J - 2], qkv_NKJC[:, :, J - 2], qkv_NKJC[:, :, J - 1]
     if norms is not None:
         q_NKGC, k_NKC = rms_norm(q_NKGC, norms[0]), rms_norm(k_NKC, norms[1])
-    angles = rope_angles(positions_N, inv_freq_H, rope_factor)
+    # Without a barrier XLA on CPU (jaxlib 0.11.2) fuses cos and sin into what reads them, and
+    # computes them anew for each number of each head.
+    angles = lax.optimization_barrier(rope_angles(positions_N, inv_freq_H, rope_factor))
     q_NKGC = apply_rope(q_NKGC.reshape(N, -1, C), *angles).reshape(q_NKGC.shape)
     k_NKC = apply_rope(k_NKC, *angles)
     return q_NKGC, write_pages(pages, k_NKC, v_NKC, page_N, positions_N % pages.page_size)

@@ -204,3 +204,21 @@ def test_pallas_says_which_heads_it_does_not_cover():
     assert pallas_rotate.uncovered(jnp.zeros((1, 1, 62 + 2, 128)), pages) == ""
     found = pallas_rotate.uncovered(jnp.zeros((1, 1, 63 + 2, 128)), pages)
     assert found == "63 query heads of 128 channels share a kv head"
+
+
+def test_cos_and_sin_are_computed_once_for_all_heads():
+    N, K, G, C = 16, 4, 3, 64
+
+    def rotate(qkv_NKJC: jax.Array, pages: Pages) -> tuple[jax.Array, Pages]:
+        integers = jnp.arange(N)
+        inv_freq, factor = jnp.ones(C // 2), jnp.ones(())
+        q_NKGC, pages = xla_rotate.rotate_and_write(
+            qkv_NKJC, None, integers, inv_freq, factor, pages, integers
+        )
+        return q_NKGC[:, :, :, None] * jnp.eye(K)[:, None, :, None], pages
+
+    empty = (N, PAGE_SIZE, K, C)
+    program = jax.jit(rotate).lower(jnp.ones((N, K, G + 2, C)), empty_pages(empty, empty, F32))
+    fused = program.compile().as_text().split("\n\n")
+    assert any(" cosine(" in computation for computation in fused)
+    assert not any(" cosine(" in each and " concatenate(" in each for each in fused)
