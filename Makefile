@@ -17,7 +17,7 @@ else
   install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 endif
 
-.PHONY: setup serve test check bench gpu-check gpu-report constraints
+.PHONY: setup serve test check bench gpu-check gpu-report comparators constraints
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -58,6 +58,10 @@ gpu-report:
 	$$python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("jax_plugins"))' 2>/dev/null && \
 	exec $$python -m plan.gpu_report $(ARGS); done; \
 	echo "gpu-report: neither $(BIN)/python nor python3 has JAX for GPUs; pip install 'weft[cuda13]'" >&2; exit 2
+
+# Others' kernels, for gpu-report to compare ours with; carry build/comparators to the GPU's machine.
+comparators: $(AOT_VENV)/.installed
+	@JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 $(AOT_VENV)/bin/python -m tools.comparators.build
 
 # Apart from .venv, whose JAX would look for a GPU once it has the plugin.
 $(AOT_VENV)/.installed: pyproject.toml constraints.txt

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         experiment = read_experiment(arguments.experiment)
         ledger = arguments.ledger or LEDGERS / f"{experiment.name}.jsonl"
+        _check_apart(ledger, [arguments.out, *_out()])
         with _Copied(ledger, arguments.fresh, _out()) as records:
             if not arguments.fresh:
                 _adopt(records, arguments.out, sources())
@@ -181,6 +182,15 @@ class _Copied(Ledger):
         for folder in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path, folder / self.path.name)
+
+
+def _check_apart(ledger: Path, folders: Sequence[Path]) -> None:
+    """Raises LedgerError where a copy of the ledger, which is removed at the end, would be it."""
+    for folder in folders:
+        if ledger.resolve().parent == folder.resolve():
+            raise LedgerError(
+                f"--ledger {ledger} lies where results are written, {folder}; put it elsewhere"
+            )
 
 
 def _adopt(ledger: Ledger, folder: Path, commit: str) -> None:

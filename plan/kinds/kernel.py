@@ -21,8 +21,10 @@ TILING = re.compile(r"((queries|keys|splits|num_warps|num_stages)=[1-9]\d*(,|$))
 @dataclass(frozen=True)
 class Kernel:
     operation: Operation
-    kernel: Literal["xla", "pallas", "pallas_interpreted", "cudnn"] = "pallas"
-    """The reference is xla's. cuDNN is a yardstick: prefill of whole prompts, not in pages."""
+    kernel: Literal["xla", "pallas", "pallas_interpreted", "cudnn", "flashinfer"] = "pallas"
+    """The reference is xla's. Others' are yardsticks, which nothing serves with: cuDNN, prefill of
+    whole prompts, not in pages; FlashInfer, attention of the shapes that `make comparators` builds.
+    """
     model: str = "llama-3.1-8b"
     """A file in configs/models, whose heads and widths these are."""
     head_dim: int = 0
@@ -73,6 +75,10 @@ class Kernel:
             raise ValueError(
                 "cudnn is for prefill_attention with context 0, without window, softcap and "
                 "sinks, over a cache of the same dtype; choose xla or pallas"
+            )
+        if self.kernel == "flashinfer" and "attention" not in self.operation:
+            raise ValueError(
+                f"flashinfer is for attention, not {self.operation}; choose xla or pallas"
             )
         if not TILING.fullmatch(self.tiling) or self.tiling.endswith(","):
             raise ValueError(
