@@ -126,7 +126,8 @@ class Attention(PagedAttention):
         norms = None
         if self.config.qk_norm == "head":
             eps, offset = self.config.norm_eps, self.config.norm_offset
-            norms = tuple(Norm(w[...], eps, offset) for w in (self.q_norm, self.k_norm))
+            q_norm, k_norm = (Norm(w[...], eps, offset) for w in (self.q_norm, self.k_norm))
+            norms = (q_norm, k_norm)
         if self.config.qk_norm == "all":
             qkv_NKJC = self._norm_all(qkv_NKJC)
         return rotate_and_write(

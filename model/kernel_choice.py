@@ -4,9 +4,10 @@ It imports no JAX: it is read by configuration, `weft doctor` and the metrics.
 """
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 log = logging.getLogger("weft")
 
@@ -24,12 +25,6 @@ class Kernels:
     small_matmul: str = "xla"
     """Products of few rows with weights, with the norm before and activation or residual after."""
 
-    def with_all(self, asked: str) -> "Kernels":
-        """`asked` for every operation; "auto" leaves them."""
-        if asked == "auto":
-            return self
-        return replace(self, **{field.name: asked for field in fields(self)})
-
 
 NAMES = ("xla", "cpu", "pallas", "pallas_interpreted")
 """The reference in plain XLA; XLA in a form that suits CPUs; our own kernels for GPUs; the same
@@ -44,8 +39,8 @@ CHOSEN = {
 yet: there XLA alone gathers keys and values to memory before it reads them, about three times the
 traffic, and its products are tuned on the device."""
 
-
 CPU_OPERATIONS = ("decode_attention", "small_matmul")
+"""Those that have a kernel cpu."""
 
 
 def kernels_for(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
@@ -69,11 +64,13 @@ def kernels_for(platform: str, asked: Mapping[str, str] | None = None) -> Kernel
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """Times a kernel could not take a shape and the reference did: by operation, kernel and reason.
 Counted when a program is traced, not when it runs."""
+_counting = threading.Lock()
 
 
 def note_fallback(operation: str, kernel: str, reason: str) -> None:
-    """Counts it, and says so the first time."""
-    key = (operation, kernel, reason)
-    if not fallbacks[key]:
+    """Counts it, and says so the first time; several threads may trace at once."""
+    with _counting:
+        fallbacks[operation, kernel, reason] += 1
+        is_first = fallbacks[operation, kernel, reason] == 1
+    if is_first:
         log.warning("%s: %s does not cover %s; xla computes it", operation, kernel, reason)
-    fallbacks[key] += 1

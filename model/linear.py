@@ -5,7 +5,6 @@ They do not know where the weight came from or how it is cut.
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -31,7 +30,3 @@ def rms_norm(x: Float[Array, "*N D"], norm: Norm) -> Float[Array, "*N D"]:
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + norm.eps)
     return (x32 * scale * (norm.weight.astype(jnp.float32) + norm.offset)).astype(x.dtype)
-
-
-def silu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(x)

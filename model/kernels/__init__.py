@@ -4,9 +4,9 @@ It does not know layers or requests. `model/kernel_choice.py` says which kernel 
 that does not cover a shape leaves it to the reference, which covers all.
 """
 
-from typing import Any
+from functools import partial
 
-import jax
+from jaxtyping import Array, Float, Int
 
 from model.kernel_choice import Kernels, note_fallback
 from model.kernels import (
@@ -19,6 +19,8 @@ from model.kernels import (
     xla_matmul,
     xla_rotate,
 )
+from model.kernels.xla_matmul import Activate
+from model.linear import Norm
 from model.pages import Pages
 
 INTERPRET = {"pallas": False, "pallas_interpreted": True}
@@ -26,44 +28,69 @@ INTERPRET = {"pallas": False, "pallas_interpreted": True}
 
 
 def paged_attention(
-    kernels: Kernels, q_RTKGC: jax.Array, pages: Pages, *rows: jax.Array, **rules: Any
-) -> jax.Array:
+    kernels: Kernels,
+    q_RTKGC: Float[Array, "R T K G C"],
+    pages: Pages,
+    tables_RW: Int[Array, "R W"],
+    starts_R: Int[Array, "R"],
+    lengths_R: Int[Array, "R"],
+    *,
+    scale: float,
+    window: Int[Array, ""],
+    softcap: float | None = None,
+    sinks_KG: Float[Array, "K G"] | None = None,
+) -> Float[Array, "R T K G U"]:
     """`xla_attention.paged_attention` by the kernel chosen for rows of one query, or of many."""
     operation = "decode_attention" if q_RTKGC.shape[1] == 1 else "prefill_attention"
     kernel = getattr(kernels, operation)
+    attend = xla_attention.paged_attention
     if kernel in INTERPRET:
-        if not (reason := pallas_attention.uncovered(q_RTKGC, pages)):
-            rules["interpret"] = INTERPRET[kernel]
-            return pallas_attention.paged_attention(q_RTKGC, pages, *rows, **rules)
-        note_fallback(operation, kernel, reason)
-    if kernel == "cpu":
-        return cpu_attention.paged_attention(q_RTKGC, pages, *rows, **rules)
-    return xla_attention.paged_attention(q_RTKGC, pages, *rows, **rules)
+        if reason := pallas_attention.uncovered(q_RTKGC, pages):
+            note_fallback(operation, kernel, reason)
+        else:
+            attend = partial(pallas_attention.paged_attention, interpret=INTERPRET[kernel])
+    elif kernel == "cpu":
+        attend = cpu_attention.paged_attention
+    rules = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
+    return attend(q_RTKGC, pages, tables_RW, starts_R, lengths_R, **rules)
 
 
 def rotate_and_write(
-    kernels: Kernels, qkv_NKJC: jax.Array, norms: Any, *tokens: Any
-) -> tuple[jax.Array, Pages]:
+    kernels: Kernels,
+    qkv_NKJC: Float[Array, "N K J C"],
+    norms: tuple[Norm, Norm] | None,
+    positions_N: Int[Array, "N"],
+    inv_freq_H: Float[Array, " H"],
+    rope_factor: Float[Array, ""],
+    pages: Pages,
+    page_N: Int[Array, "N"],
+) -> tuple[Float[Array, "N K G C"], Pages]:
     """`xla_rotate.rotate_and_write` by the kernel chosen."""
-    kernel, pages = kernels.rotate_and_write, tokens[3]
+    kernel, rotate = kernels.rotate_and_write, xla_rotate.rotate_and_write
     if kernel in INTERPRET:
-        if not (reason := pallas_rotate.uncovered(qkv_NKJC, pages)):
-            interpret = INTERPRET[kernel]
-            return pallas_rotate.rotate_and_write(qkv_NKJC, norms, *tokens, interpret=interpret)
-        note_fallback("rotate_and_write", kernel, reason)
-    return xla_rotate.rotate_and_write(qkv_NKJC, norms, *tokens)
+        if reason := pallas_rotate.uncovered(qkv_NKJC, pages):
+            note_fallback("rotate_and_write", kernel, reason)
+        else:
+            rotate = partial(pallas_rotate.rotate_and_write, interpret=INTERPRET[kernel])
+    return rotate(qkv_NKJC, norms, positions_N, inv_freq_H, rope_factor, pages, page_N)
 
 
 def fused_matmul(
-    kernels: Kernels, x_ND: jax.Array, weight_DPF: jax.Array, **around: Any
-) -> jax.Array:
+    kernels: Kernels,
+    x_ND: Float[Array, "N D"],
+    weight_DPF: Float[Array, "D P F"],
+    *,
+    norm: Norm | None = None,
+    activate: Activate | None = None,
+    residual_NF: Float[Array, "N F"] | None = None,
+) -> Float[Array, "N F"]:
     """`xla_matmul.fused_matmul` by the kernel chosen for few rows; XLA's own for many."""
-    kernel = kernels.small_matmul
+    kernel, multiply = kernels.small_matmul, xla_matmul.fused_matmul
     if kernel in INTERPRET and x_ND.shape[0] <= pallas_matmul.MOST_ROWS:
-        if not (reason := pallas_matmul.uncovered(x_ND)):
-            around["interpret"] = INTERPRET[kernel]
-            return pallas_matmul.fused_matmul(x_ND, weight_DPF, **around)
-        note_fallback("small_matmul", kernel, reason)
-    if kernel == "cpu":
-        return cpu_matmul.fused_matmul(x_ND, weight_DPF, **around)
-    return xla_matmul.fused_matmul(x_ND, weight_DPF, **around)
+        if reason := pallas_matmul.uncovered(x_ND):
+            note_fallback("small_matmul", kernel, reason)
+        else:
+            multiply = partial(pallas_matmul.fused_matmul, interpret=INTERPRET[kernel])
+    elif kernel == "cpu":
+        multiply = cpu_matmul.fused_matmul
+    return multiply(x_ND, weight_DPF, norm=norm, activate=activate, residual_NF=residual_NF)

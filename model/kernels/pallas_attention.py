@@ -27,13 +27,8 @@ from model.kernels.tiles import (
     places,
     power_of_two,
 )
+from model.kernels.xla_attention import LEAST_TOTAL, NOTHING_SEEN
 from model.pages import Pages
-
-NOTHING_SEEN = -1e30
-"""The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
-
-LEAST_TOTAL = 1e-30
-"""Where no key was seen, what 0 is divided by."""
 
 LOG2_E = math.log2(math.e)
 MAX_WIDTH = 256

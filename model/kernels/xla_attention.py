@@ -19,6 +19,9 @@ sees."""
 NOTHING_SEEN = -1e30
 """The peak of a query before its first key: finite, so that two of them differ by 0, not NaN."""
 
+LEAST_TOTAL = 1e-30
+"""Where no key was seen, what 0 is divided by."""
+
 
 def paged_attention(
     q_RTKGC: Float[Array, "R T K G C"],
@@ -113,7 +116,7 @@ def _attend(
         last = jnp.clip(-(-jnp.max(starts_R + lengths_R) // block), 1, num_blocks)
         carry = lax.fori_loop(first, last, visit, carry)
     _, total_RKX, sum_RKXU = carry
-    out_RKXU = sum_RKXU / jnp.maximum(total_RKX, 1e-30)[..., None]
+    out_RKXU = sum_RKXU / jnp.maximum(total_RKX, LEAST_TOTAL)[..., None]
     out_RKGTU = out_RKXU.reshape(R, K, G, T, -1).astype(q_RTKGC.dtype)
     return out_RKGTU.transpose(0, 3, 1, 2, 4)
 

@@ -1,10 +1,14 @@
 """The kernels asked for, and those chosen where none is."""
 
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import pytest
 
-from model.kernel_choice import CHOSEN, NAMES, XLA, Kernels, kernels_for
+from model import kernel_choice
+from model.kernel_choice import CHOSEN, NAMES, XLA, Kernels, kernels_for, note_fallback
 
 
 def names(kernels: Kernels) -> set[str]:
@@ -27,10 +31,6 @@ def test_gpu_reads_pages_by_our_own_kernels():
     assert {getattr(chosen, operation) for operation in operations} == {"pallas"}
 
 
-def test_with_all_asks_one_kernel_for_every_operation():
-    assert names(XLA.with_all("pallas")) == {"pallas"}
-
-
 def test_operation_asked_is_changed_alone():
     asked = kernels_for("cpu", {"decode_attention": "xla", "small_matmul": "auto"})
     assert asked == replace(kernels_for("cpu"), decode_attention="xla")
@@ -48,5 +48,17 @@ def test_kernel_that_cannot_run_is_refused(platform, operation, kernel, error):
         kernels_for(platform, {operation: kernel})
 
 
-def test_auto_leaves_the_choice():
-    assert kernels_for("gpu").with_all("auto") == kernels_for("gpu")
+def test_a_fallback_is_said_once_however_many_threads_trace(monkeypatch):
+    said = []
+
+    def warn(*words):
+        time.sleep(0.02)  # as a handler that writes, which lets the others run
+        said.append(words)
+
+    monkeypatch.setattr(kernel_choice, "fallbacks", Counter())
+    monkeypatch.setattr(kernel_choice.log, "warning", warn)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(note_fallback, "small_matmul", "pallas", "this")
+    assert len(said) == 1
+    assert kernel_choice.fallbacks.total() == 8

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from model.kernel_choice import XLA, fallbacks
+from model.kernel_choice import Kernels, fallbacks
+from plan.kernel_choice import asked_kernels
 from tests.serve.harness import (
     DENSE,
     assert_greedy,
@@ -29,7 +30,7 @@ CONFIG = replace(
 def test_engine_of_pallas_kernels_gives_the_greedy_tokens():
     """Long prompts prefill over pages beside rows that decode, and then all decode in the loop."""
     arrays, before = random_weights(CONFIG), fallbacks.copy()
-    parts = make_parts(CONFIG, arrays, kernels=XLA.with_all("pallas_interpreted"))
+    parts = make_parts(CONFIG, arrays, kernels=Kernels(**asked_kernels("pallas_interpreted")))
     compile_few(parts.runner)
     prompts = random_prompts(CONFIG, [3, 70, 18, 45])
     requests = [greedy(f"r{i}", prompt, 12) for i, prompt in enumerate(prompts)]

@@ -20,9 +20,10 @@ from model.kernels import (
     xla_rotate,
 )
 from model.pages import Pages, empty_pages
+from plan.kernel_choice import asked_kernels
 
-PALLAS = XLA.with_all("pallas")
-INTERPRETED = XLA.with_all("pallas_interpreted")
+PALLAS = Kernels(**asked_kernels("pallas"))
+INTERPRETED = Kernels(**asked_kernels("pallas_interpreted"))
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def rotate(asked: Kernels, group: int = 2) -> None:
 
 
 def multiply(asked: Kernels, rows: int = 2, depth: int = 256) -> None:
-    kernels.fused_matmul(asked, jnp.ones((rows, depth)), jnp.ones((depth, 1, 16)))
+    kernels.fused_matmul(asked, jnp.ones((rows, depth)), jnp.ones((depth, 1, depth)))
 
 
 @pytest.mark.parametrize(
