@@ -81,13 +81,12 @@ class _Builder:
         config, model = self.config, self.partition.config
         dtype = jnp.dtype(model.dtype if config.model.dtype == "auto" else config.model.dtype)
         limits = _limits(config, model)
+        kernels = self._kernels(mesh)  # refused, if at all, before the weights are read
         weights = self._load(mesh, dtype)
         cache = self._cache(mesh, limits, weights, dtype)
         pool = PagePool(cache.num_pages, cache.page_size)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
-        programs = Programs(
-            self.partition, mesh, cache, limits, tables.width, dtype, self._kernels(mesh)
-        )
+        programs = Programs(self.partition, mesh, cache, limits, tables.width, dtype, kernels)
         runner = Runner(programs, weights, tables.array)
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:

@@ -281,6 +281,17 @@ def test_a_tokenizer_of_another_model_is_refused(weft: Weft, tmp_path: Path) -> 
     assert "the tokenizer has ids up to 511, the embedding has 500 rows" in ended.err
 
 
+def test_a_profile_that_has_no_place_is_refused_before_the_model_is_looked_at(
+    weft: Weft, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    profile = tmp_path / "file" / "profile"
+    ended = weft("generate", tmp_path / "no-model", "--prompt", "a", "--profile", profile)
+    assert ended.code == 1
+    assert "Not a directory" in ended.err
+    assert str(profile) in ended.err
+
+
 @needs_assets
 def test_convert_prints_what_it_made_and_refuses_to_overwrite(weft: Weft, tmp_path: Path) -> None:
     destination = tmp_path / "converted"
@@ -309,6 +320,19 @@ def test_doctor_says_which_meshes_would_fit(weft: Weft, tmp_path: Path) -> None:
     assert ended.code == 1
     assert "these fit:" in ended.out
     assert weft("doctor", "--config", path, "--set", "mesh.tensor=2").code == 0
+
+
+@needs_assets
+def test_doctor_shows_the_kernels_of_a_configuration_and_refuses_those_that_cannot_run(
+    weft: Weft, tmp_path: Path
+) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(f'[model]\npath = "{STORIES}"\n[kernels]\ndecode_attention = "xla"\n')
+    assert "kernels   decode_attention xla," in weft("doctor", "--config", path).out
+    ended = weft("doctor", "--config", path, "--set", "kernels.small_matmul=pallas")
+    assert ended.code == 1
+    assert "kernels.small_matmul is pallas, which compiles for GPUs only" in ended.out
+    assert "to do: set it to auto, xla or pallas_interpreted" in ended.out
 
 
 def test_doctor_names_each_fault_and_its_remedy() -> None:

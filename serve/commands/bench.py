@@ -33,6 +33,6 @@ def offline(
             dtype=dtype,
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
-    except WorkerError as error:
+    except (ValueError, WorkerError) as error:
         raise RequestError(str(error)) from error
     print(report.to_json() if as_json else report.to_markdown())

@@ -67,7 +67,7 @@ class Machine:
     versions: dict[str, str]
     devices: list[Device]
     kernels: dict[str, str]
-    """What computes each operation that has kernels, unless a configuration says otherwise."""
+    """What computes each operation that has kernels; with a configuration, as it says."""
 
 
 def run(config: Path | None, overrides: Sequence[str], as_json: bool) -> bool:
@@ -76,8 +76,9 @@ def run(config: Path | None, overrides: Sequence[str], as_json: bool) -> bool:
     if wanted is not None:
         ensure_devices(wanted.mesh)
     devices, problems = find_devices()
-    machine = examine(devices)
-    problems += diagnose(machine, os.environ)
+    kernels, unusable = find_kernels(devices, wanted)
+    machine = examine(devices, kernels)
+    problems += [*unusable, *diagnose(machine, os.environ)]
     if wanted is not None and devices:
         problems += check_mesh(wanted)
     if as_json:
@@ -102,7 +103,21 @@ def find_devices() -> tuple[list[Device], list[Problem]]:
     ], []
 
 
-def examine(devices: list[Device]) -> Machine:
+def find_kernels(
+    devices: Sequence[Device], config: ServeConfig | None
+) -> tuple[dict[str, str], list[Problem]]:
+    """By operation, the kernel on these devices, or why it is not to be had there."""
+    if not devices:
+        return {}, []
+    try:
+        asked = config.kernels.model_dump() if config is not None else {}
+        return asdict(kernels_for(devices[0].platform, asked)), []
+    except ValueError as error:
+        what, _, remedy = str(error).partition("; ")
+        return {}, [Problem(what, remedy)]
+
+
+def examine(devices: list[Device], kernels: dict[str, str]) -> Machine:
     memory = psutil.virtual_memory()
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
@@ -113,7 +128,7 @@ def examine(devices: list[Device]) -> Machine:
         driver=_driver(),
         versions=dict(_versions()),
         devices=devices,
-        kernels=asdict(kernels_for(devices[0].platform)) if devices else {},
+        kernels=kernels,
     )
 
 

@@ -55,6 +55,9 @@ def run(
 
     With `profile`, a directory, it leaves traces there and prints where steps' time went.
     """
+    if profile is not None:
+        # What can't be is told before the minutes that a large model takes to load.
+        profile.mkdir(parents=True, exist_ok=True)
     text = load_text(model)
     token_ids: list[Sequence[int]] = []
     for place, prompt in enumerate(prompts):

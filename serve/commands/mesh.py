@@ -32,23 +32,28 @@ def measure(
     chosen = _read(path, only)
     deadline, commit = time.monotonic() + limit_s, sources()
     reports: list[Report] = []
+    problems: list[str] = []
     try:
         for file, experiment in chosen.items():
-            with Ledger(out / experiment.name / RECORDS, fresh) as ledger:
-                left_s = max(0.0, deadline - time.monotonic())
-                found = run(
-                    experiment, ledger, commit, only=only, limit_s=left_s, progress=Progress
-                )
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                with Ledger(out / experiment.name / RECORDS, fresh) as ledger:
+                    found = run(
+                        experiment, ledger, commit, only=only, limit_s=left_s, progress=Progress
+                    )
+            except (LedgerError, WorkerDied, WorkerLate) as error:
+                # Other experiments may be for devices that are there.
+                problems.append(f"{file} was not measured: {error}")
+                continue
             reports.append(_write(file, out, experiment, found, as_json=as_json))
-    except (LedgerError, WorkerDied, WorkerLate) as error:
-        raise RequestError(str(error)) from error
     except KeyboardInterrupt:
         print("weft mesh: stopped; the same command goes on from here", file=sys.stderr)
         raise
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
-    settled = {r.key for report in reports for r in report.run.records if r.settled}
-    return all(point.key in settled for e in chosen.values() for point in choose(e, only))
+    if problems:
+        raise RequestError("\n".join(problems))
+    return all(_is_settled(report, only) for report in reports)
 
 
 def report(path: Path, out: Path, *, as_json: bool) -> None:
@@ -75,6 +80,11 @@ def _read(path: Path, only: str = "") -> dict[Path, Experiment]:
     except ExperimentError as error:
         raise typer.BadParameter(str(error)) from error
     return chosen
+
+
+def _is_settled(report: Report, only: str) -> bool:
+    settled = {record.key for record in report.run.records if record.settled}
+    return all(point.key in settled for point in choose(report.experiment, only))
 
 
 def _write(file: Path, out: Path, experiment: Experiment, found: Run, *, as_json: bool) -> Report:

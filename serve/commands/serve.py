@@ -29,6 +29,9 @@ def run(config: ServeConfig, profile: Path | None = None) -> None:
 
     With `profile`, a directory, it leaves traces there and prints where steps' time went.
     """
+    if profile is not None:
+        # What can't be is told before the minutes that a large model takes to load.
+        profile.mkdir(parents=True, exist_ok=True)
     _check_free("listen.grpc", config.listen.grpc)
     if config.listen.http:
         _check_free("listen.http", config.listen.http)

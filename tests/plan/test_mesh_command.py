@@ -3,10 +3,13 @@
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from plan import drive
+from plan.worker import Answer, WorkerDied
 from serve import cli
 
 EXPERIMENT = """
@@ -96,4 +99,43 @@ def test_a_broken_ledger_ends_in_one_line(weft, tmp_path: Path):
     for options in ((), ("--report-only",)):
         code, _, err = weft(*options)
         assert code == 1
-        assert err.startswith(f"weft: {ledger}:1 is not a record")
+        assert f"{ledger}:1 is not a record" in err
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without a process: one device can't be had, and on three stage=2 fails."""
+
+    class InProcess:
+        def __init__(self, devices, hardware, flags):
+            if devices.count == 1:
+                raise WorkerDied("there is no such device")
+            self.device = str(devices)
+
+        def measure(self, point, limit_s):
+            fails = self.device == "cpu:3" and "stage=2" in point.key
+            return Answer("failed" if fails else "ok", "", {})
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("serve.commands.mesh.run", partial(drive.run, start=InProcess))
+    monkeypatch.setattr("serve.commands.mesh._draw", lambda *_: [])
+    monkeypatch.setattr("plan.report.decide", lambda *_: [])
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_point_that_failed_is_not_made_good_by_its_like_in_another_experiment(weft, tmp_path):
+    (tmp_path / "a.toml").write_text(EXPERIMENT.replace("cpu:2", "cpu:3"))
+    code, out, _ = weft(path=tmp_path)
+    assert "2 points: 1 ok, 1 failed" in out
+    assert code == 1
+
+
+@pytest.mark.usefixtures("in_process")
+def test_experiments_whose_devices_are_there_are_measured_beside_one_whose_are_not(weft, tmp_path):
+    (tmp_path / "a.toml").write_text(EXPERIMENT.replace("cpu:2", "cpu:1").replace("stage=2", ""))
+    code, out, err = weft(path=tmp_path)
+    assert "2 points: 2 ok" in out
+    assert code == 1
+    assert err.endswith(f"weft: {tmp_path / 'a.toml'} was not measured: there is no such device\n")

@@ -156,3 +156,9 @@ class TestRefusedAtStart:
 def test_more_pages_than_the_memory_holds_are_refused_with_the_most_that_fit(checkpoint):
     with pytest.raises(ConfigError, match=r"hold at most [\d,]+ beside .*lower it"):
         build_engine(configure(checkpoint, cache={"pages": 10**12}))
+
+
+def test_a_kernel_that_cannot_run_here_is_refused_before_weights_are_read(checkpoint, monkeypatch):
+    monkeypatch.setattr("serve.build.load_weights", None)
+    with pytest.raises(ConfigError, match=r"kernels\.small_matmul is pallas"):
+        build_engine(configure(checkpoint, kernels={"small_matmul": "pallas"}))
