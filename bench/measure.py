@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 
 from bench.peers.protocol import Answer, Job, Ready
+from bench.peers.worker import WorkerError
 from bench.report import Agreement, Difference, Side, Workload
 
 Tell = Callable[[str], None]
@@ -82,17 +83,19 @@ class Measurement:
 
     sides: list[Side]
     agreements: dict[str, Agreement]
+    failures: dict[str, str]
+    """Peers that died or could not do a job, and what they said; they have no side."""
 
 
 @dataclass(frozen=True)
 class _Round:
-    """One job, done by every engine."""
+    """One job, done by every engine that could, by its name."""
 
     task: Task
     run: int
     job: Job
-    answers: Sequence[Answer]
-    other_s: Sequence[float]
+    answers: dict[str, Answer]
+    other_s: dict[str, float]
     """Processor time that everyone but the engine used while each answer was made."""
 
 
@@ -113,57 +116,70 @@ def measure(
     """Time the engines `runs` times on each task, alternating; the first is compared with the rest.
 
     Each run has prompts of its own, the same for all, so that no cache of prefixes knows them.
+    A peer that fails is left out from then on. Raises WorkerError when the first does.
     """
-    engines = [entrant.engine for entrant in entrants]
-    vocab_size = engines[0].ready.vocab_size
+    ours = entrants[0].engine
+    engines = {entrant.engine.name: entrant.engine for entrant in entrants}
+    vocab_size = ours.ready.vocab_size
+    failures: dict[str, str] = {}
     rounds: list[_Round] = []
     for i, task in enumerate(tasks):
         for run in range(1, runs + 1):
             job = task.job(vocab_size, [i, run])
-            answers: list[Answer] = []
-            other_s: list[float] = []
-            for engine in engines:
-                other_before_s = busy_s() - engine.cpu_s()
-                answer = engine.ask(job)
-                other_s.append(busy_s() - engine.cpu_s() - other_before_s)
-                answers.append(answer)
+            answers: dict[str, Answer] = {}
+            other_s: dict[str, float] = {}
+            for name, engine in engines.items():
+                if name in failures:
+                    continue
+                try:
+                    other_before_s = busy_s() - engine.cpu_s()
+                    answer = engine.ask(job)
+                    other_s[name] = busy_s() - engine.cpu_s() - other_before_s
+                except WorkerError as error:
+                    if engine is ours:
+                        raise
+                    failures[name] = str(error)
+                    tell(f"{name}: not measured: {error}")
+                    continue
+                answers[name] = answer
                 rate = f"{task.rate(job, answer):,.1f} tokens/s"
-                tell(f"{engine.name}: {task.workload.name}, run {run} of {runs}: {rate}")
+                tell(f"{name}: {task.workload.name}, run {run} of {runs}: {rate}")
             rounds.append(_Round(task, run, job, answers, other_s))
-    sides = [_side(entrant, i, rounds) for i, entrant in enumerate(entrants)]
-    agreements = {
-        peer.name: _agreement(engines[0], peer, [(r, r.answers[0], r.answers[i]) for r in rounds])
-        for i, peer in enumerate(engines)
-        if i > 0
-    }
-    return Measurement(sides, agreements)
+    measured = [entrant for entrant in entrants if entrant.engine.name not in failures]
+    return Measurement(
+        sides=[_side(entrant, rounds) for entrant in measured],
+        agreements={
+            entrant.engine.name: _agreement(ours, entrant.engine, rounds)
+            for entrant in measured[1:]
+        },
+        failures=failures,
+    )
 
 
-def _side(entrant: Entrant, place: int, rounds: Sequence[_Round]) -> Side:
-    ready = entrant.engine.ready
+def _side(entrant: Entrant, rounds: Sequence[_Round]) -> Side:
+    name, ready = entrant.engine.name, entrant.engine.ready
     samples: dict[str, list[float]] = {}
     for r in rounds:
-        rate = r.task.rate(r.job, r.answers[place])
+        rate = r.task.rate(r.job, r.answers[name])
         samples.setdefault(r.task.workload.name, []).append(rate)
     return Side(
-        name=entrant.engine.name,
+        name=name,
         versions=ready.versions,
         settings=ready.settings,
         start_s=ready.start_s,
         warmup_s=entrant.warmup_s,
-        other_cores=sum(r.other_s[place] for r in rounds)
-        / sum(r.answers[place].total_s for r in rounds),
+        other_cores=sum(r.other_s[name] for r in rounds)
+        / sum(r.answers[name].total_s for r in rounds),
         samples=samples,
     )
 
 
-def _agreement(
-    ours: Engine, peer: Engine, rounds: Sequence[tuple[_Round, Answer, Answer]]
-) -> Agreement:
+def _agreement(ours: Engine, peer: Engine, rounds: Sequence[_Round]) -> Agreement:
     num_prompts = num_equal = 0
     differences: dict[str, Difference] = {}
-    for r, our_answer, peer_answer in rounds:
-        pairs = list(zip(our_answer.token_ids, peer_answer.token_ids, strict=True))
+    for r in rounds:
+        answers = (r.answers[ours.name], r.answers[peer.name])
+        pairs = list(zip(*(answer.token_ids for answer in answers), strict=True))
         different = [i for i, (mine, theirs) in enumerate(pairs) if mine != theirs]
         num_prompts += len(pairs)
         num_equal += len(pairs) - len(different)

@@ -97,8 +97,8 @@ def run(
     """Time Weft and `peers` on `model`, or on a random one; `out` gets the report as JSON too.
 
     The random model and the peers' environments are made under `cache`, once. A peer that can't be
-    had is reported as not measured. Raises ValueError for arguments that make no sense, WorkerError
-    when Weft itself fails.
+    had, or fails, is reported as not measured. Raises ValueError for arguments that make no sense
+    and for answers that can't be compared, WorkerError when Weft itself fails.
     """
     check(peers, runs, dtype)
     machine = this_machine(ROOT)
@@ -128,7 +128,7 @@ def run(
         sides=measured.sides,
         agreements=measured.agreements,
         bars=bars(dtype, peers) if model is None and weft.ready.device == "cpu" else {},
-        not_measured=not_measured,
+        not_measured=not_measured | measured.failures,
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

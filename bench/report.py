@@ -164,9 +164,9 @@ def ratio(ours: Side, peer: Side, workload: str) -> tuple[float, float, float]:
 
     Run i of both sides was timed back to back, so those ratios hold where the machine drifts.
     """
-    ours_s, peer_s = ours.samples[workload], peer.samples[workload]
-    each = [a / b for a, b in zip(ours_s, peer_s, strict=True)]
-    return statistics.median(ours_s) / statistics.median(peer_s), min(each), max(each)
+    our_rates, peer_rates = ours.samples[workload], peer.samples[workload]
+    each = [a / b for a, b in zip(our_rates, peer_rates, strict=True)]
+    return statistics.median(our_rates) / statistics.median(peer_rates), min(each), max(each)
 
 
 def this_machine(sources: Path) -> Machine:

@@ -7,6 +7,7 @@ import pytest
 
 from bench.measure import Task, batch_rate, busy_s, decode_rate, enter, measure, prefill_rate
 from bench.peers.protocol import Answer, Job, Ready
+from bench.peers.worker import WorkerError
 from bench.report import Workload
 from tests.bench.fake_worker import VOCAB_SIZE, generate
 
@@ -24,10 +25,14 @@ class FakeEngine:
     ready: Ready = field(default_factory=lambda: Ready("cpu", VOCAB_SIZE, {}, "", 0.0))
     jobs: list[Job] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    dies_at: int | None = None
+    """A job that it does not survive."""
     used_s: float = 0.0
     """Both cores of a machine of two, while it works."""
 
     def ask(self, job: Job) -> Answer:
+        if len(self.jobs) == self.dies_at:
+            raise WorkerError(f"{self.name} ended with status 9")
         factor = self.factors[len(self.jobs)] if self.factors else 1.0
         self.jobs.append(job)
         self.log.append(self.name)
@@ -87,6 +92,19 @@ def test_samples_are_kept_run_by_run():
     found = run(FakeEngine("a", factors=(1.0, 1.0, 1.5, 3.0)), runs=3)
     # The first factor goes to the warm-up, whose jobs `run` forgets, so it is used twice.
     assert found.sides[0].samples == {"one": [10.0, 10.0, 5.0]}
+
+
+def test_a_peer_that_dies_is_left_out_and_the_others_are_measured():
+    dying = FakeEngine("dying", dies_at=4)
+    measured = run(FakeEngine("a"), dying, FakeEngine("b"), tasks=(ONE, BATCH))
+    assert [side.name for side in measured.sides] == ["a", "b"]
+    assert list(measured.agreements) == ["b"]
+    assert measured.failures == {"dying": "dying ended with status 9"}
+
+
+def test_nothing_is_measured_without_the_first():
+    with pytest.raises(WorkerError, match="ours ended"):
+        run(FakeEngine("ours", dies_at=4), FakeEngine("b"), tasks=(ONE, BATCH))
 
 
 def test_equal_tokens_agree():
