@@ -83,6 +83,8 @@ def _verdict(
         figure, ranked = contest.rate, sorted(fitting, key=lambda r: -r.figures[contest.rate])
     else:
         figure = contest.unmeasured[0]
+        if any(name not in record.figures for name in contest.unmeasured for record in fitting):
+            return None
         ranked = sorted(fitting, key=lambda r: [r.figures[name] for name in contest.unmeasured])
     best, second = ranked[0], ranked[1] if len(ranked) > 1 else None
     value = best.figures[figure]

@@ -43,12 +43,17 @@ def parse_devices(text: str) -> Devices:
 
 def environment(devices: Devices, flags: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """`inherited`, changed for a process that is to see `devices` with XLA's `flags` added."""
-    own = HOST_DEVICES.sub("", inherited.get("XLA_FLAGS", ""))
+    own = inherited_flags(inherited)
     if devices.platform == "cpu":
         own += f" --xla_force_host_platform_device_count={devices.count}"
-    changed = {**inherited, "XLA_FLAGS": " ".join([*own.split(), *flags.split()])}
+    changed = {**inherited, "XLA_FLAGS": f"{own} {flags}".strip()}
     # Programs kept from an earlier process would hide what compiling takes, unless that is asked.
     changed.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     if devices.platform != "gpu":
         changed["JAX_PLATFORMS"] = "cpu"
     return changed
+
+
+def inherited_flags(inherited: Mapping[str, str]) -> str:
+    """XLA's flags that were set before and stay; the number of host devices is ours to say."""
+    return " ".join(HOST_DEVICES.sub("", inherited.get("XLA_FLAGS", "")).split())

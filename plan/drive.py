@@ -6,7 +6,7 @@ workers alone (`plan/worker.py`).
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol, Self
 
@@ -46,7 +46,7 @@ def run(
     """Measures the points whose key has `only` in it, except those that the ledger has settled.
 
     After `limit_s` it stops, in the middle of a point if need be. Raises ExperimentError where
-    there is no such point, WorkerDied or WorkerLate when the devices can't be had.
+    there is no such point, WorkerDied or WorkerLate when the first process does not start.
     """
     deadline = clock() + limit_s
     chosen = choose(experiment, only)
@@ -60,13 +60,11 @@ def run(
             bar.update(done, detail=point.key)
             if point.key in settled:
                 continue
-            worker = workers.get(point.settings.flags)
-            left_s = deadline - clock()
-            if left_s <= 0:
-                break
             started, started_s = datetime.now(UTC), clock()
-            answer = _ask(worker, point, min(experiment.point_limit_s, left_s))
-            if answer.status == "timed out" and left_s < experiment.point_limit_s:
+            if started_s >= deadline:
+                break
+            answer = _ask(workers, point, experiment.point_limit_s, lambda: deadline - clock())
+            if answer is None:
                 break
             record = Record(
                 key=point.key,
@@ -100,8 +98,17 @@ def choose(experiment: Experiment, only: str) -> list[Point]:
 def known(experiment: Experiment, found: Mapping[str, Record]) -> Run:
     """What `found`, by key, has of the experiment's points."""
     return Run(
-        [found[point.key] for point in experiment.points if point.key in found],
+        [_with_settings_of(p, found[p.key]) for p in experiment.points if p.key in found],
         [point for point in experiment.points if point.key not in found],
+    )
+
+
+def _with_settings_of(point: Point, record: Record) -> Record:
+    """An older record lacks settings that came later; they have their default in `point`."""
+    settings = asdict(point.settings)
+    return replace(
+        record,
+        settings={name: record.settings.get(name, value) for name, value in settings.items()},
     )
 
 
@@ -132,11 +139,21 @@ class _Workers:
         self.stop()
 
 
-def _ask(worker: Worker, point: Point, limit_s: float) -> Answer:
+def _ask(
+    workers: _Workers, point: Point, point_limit_s: float, left_s: Callable[[], float]
+) -> Answer | None:
+    """None where the run's time ended before the point's.
+
+    A process that does not start fails its point alone: flags may be ones that XLA does not know.
+    """
+    is_cut = False
     try:
-        return worker.measure(point, limit_s)
+        worker = workers.get(point.settings.flags)
+        limit_s = max(0.0, left_s())
+        is_cut = limit_s < point_limit_s
+        return worker.measure(point, min(point_limit_s, limit_s))
     except WorkerLate as error:
-        return Answer("timed out", str(error), {})
+        return None if is_cut else Answer("timed out", str(error), {})
     except WorkerDied as error:
         return Answer("failed", str(error), {})
 

@@ -101,6 +101,8 @@ def make_experiment(name: str, values: Mapping[str, Any]) -> Experiment:
     points: list[Point] = []
     for place, matrix in enumerate(values["matrix"], 1):
         try:
+            if not isinstance(matrix, dict):
+                raise ValueError(f"it is {matrix!r}; it must be a table")
             points += _multiply(matrix)
             _check_devices(points, devices)
         except ValueError as error:
@@ -120,6 +122,7 @@ def make_experiment(name: str, values: Mapping[str, Any]) -> Experiment:
 
 def make_point(kind: str, settings: Mapping[str, Any]) -> Point:
     """Raises ValueError for an unknown kind or key, a value of another type, or a senseless one."""
+    _check_type("kind", kind, str)
     if kind not in KINDS:
         raise ValueError(_unknown("kind", kind, list(KINDS)))
     type_ = KINDS[kind]

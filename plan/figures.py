@@ -19,7 +19,15 @@ from plan.compiled import Kind, examine
 from plan.described import compile_described
 from plan.devices import Devices
 from plan.fill import random_arrays, random_weights
-from plan.hardware import Hardware, Precision, floor_s, hardware_names, load_hardware, step_work
+from plan.hardware import (
+    Hardware,
+    NoFloor,
+    Precision,
+    floor_s,
+    hardware_names,
+    load_hardware,
+    step_work,
+)
 from plan.kinds.kind import Outcome
 from plan.kinds.step import Step
 from plan.steps import BuiltStep, build
@@ -138,17 +146,23 @@ def _contents(built: BuiltStep, compiled: Compiled) -> dict[str, Any]:
 
 
 def _least(built: BuiltStep, device: Hardware) -> dict[str, Any]:
-    """What one step must do on each device at least, and the share of ticks it waits in."""
+    """What one step must do on each device at least, and the share of ticks it waits in.
+
+    Where that is not known `no_floor` says why.
+    """
     partition, dtype = built.programs.partition, built.programs.dtype.name
     precision = Precision(dtype, built.programs.cache.dtype.name, dtype)
     stages = partition.stages
-    work = step_work(partition.config, built.work, precision, stages, partition.tensor)
-    least_s = floor_s(work, device, dtype)
-    return {
+    idle = {"idle_fraction": 1 - stages / built.ticks_per_step}
+    try:
+        work = step_work(partition.config, built.work, precision, stages, partition.tensor)
+        least_s = floor_s(work, device, precision.products)
+    except NoFloor as error:
+        return idle | {"no_floor": str(error)}
+    return idle | {
         "least_bytes": work.weight_bytes + work.cache_bytes,
         "least_flops": work.weight_flops + work.attention_flops,
         "floor_s": least_s,
-        "idle_fraction": 1 - stages / built.ticks_per_step,
         "ring_floor_s": least_s * built.ticks_per_step / stages,
     }
 

@@ -88,6 +88,7 @@ class Results:
     def rates(self) -> Rates:
         copies = [r for r in self.ok("device") if r.settings["work"] == "copy"]
         products = [r for r in self.ok("device") if r.settings["work"] == "product"]
+        products.sort(key=lambda r: r.figures["flops_per_s"])  # of a dtype's, the last is kept
         return Rates(
             max((r.figures["bytes_per_s"] for r in copies), default=None),
             {r.settings["dtype"]: r.figures["flops_per_s"] for r in products},

@@ -24,6 +24,10 @@ class UnknownHardware(ValueError):
     """Hardware that has no file, or whose file can't be used; says what could be."""
 
 
+class NoFloor(ValueError):
+    """The least time of a step that can't be worked out; says why."""
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One device."""
@@ -38,7 +42,7 @@ class Hardware:
     def rate(self, dtype: str) -> float:
         if dtype not in self.flops_per_s:
             known = ", ".join(self.flops_per_s)
-            raise UnknownHardware(f"{self.title} has no rate of {dtype} products, only {known}")
+            raise NoFloor(f"{self.title} has no rate of {dtype} products, only {known}")
         return self.flops_per_s[dtype]
 
 
@@ -111,9 +115,10 @@ def step_work(
     """What a step that advances `rows` must do on each of stages x tensor devices.
 
     With stages, rows are dealt to as many micro-batches, each of which reads the weights again.
+    Raises NoFloor.
     """
     if model.experts:
-        raise ValueError(
+        raise NoFloor(
             f"{model.architecture}: the floor of a model with experts is not worked out; "
             "which weights a step reads depends on where its tokens are sent"
         )
@@ -139,7 +144,8 @@ def step_work(
 
 def floor_s(work: StepWork, hardware: Hardware, products: str = "bfloat16") -> float:
     """The least time of a step in seconds: weights, then attention, each as slow as its slower of
-    memory and arithmetic. The two never overlap, since each layer's waits for the other."""
+    memory and arithmetic. The two never overlap, since each layer's waits for the other. Raises
+    NoFloor."""
     rate, bandwidth = hardware.rate(products), hardware.copy_bytes_per_s
     weights = max(work.weight_bytes / bandwidth, work.weight_flops / rate)
     return weights + max(work.cache_bytes / bandwidth, work.attention_flops / rate)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 MEASURED = (
     *(f"{package}/**/*.py" for package in ("model", "sharding", "cache", "serve", "plan")),
+    "bench/peers/*.py",
     "configs/models/*.toml",
     "configs/hardware/*.toml",
 )

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def _ask(asked: dict[str, Any], limit_s: float) -> dict[str, Any]:
                 status = process.wait(limit_s)
             except (BrokenPipeError, subprocess.TimeoutExpired) as error:
                 process.kill()
+                # Closing sends what could not be written.
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
                 late = isinstance(error, subprocess.TimeoutExpired)
                 raise PeerFailed(
                     f"it gave no figures within {limit_s:g} s" if late else _last_words(log)

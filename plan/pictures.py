@@ -32,9 +32,16 @@ def draw(contest: Contest, records: Sequence[Record], folder: Path, kind: str) -
     if not fitting:
         return []
     rate = contest.rate if contest.rate in fitting[0].figures else contest.unmeasured[0]
-    names = [f"{kind}-{rate.replace('_', '-')}.png", f"{kind}-memory.png"]
-    _panels(contest, fitting, folder / names[0], rate, partial(_rates, contest, rate))
-    _panels(contest, sized, folder / names[1], "bytes", partial(_memory, contest))
+    rated = [record for record in fitting if rate in record.figures]
+    pictures = {
+        rate: (rated, rate, partial(_rates, contest, rate)),
+        "memory": (sized, "bytes", partial(_memory, contest)),
+    }
+    names: list[str] = []
+    for subject, (shown, unit, panel) in pictures.items():
+        if shown:
+            names.append(f"{kind}-{subject.replace('_', '-')}.png")
+            _panels(contest, shown, folder / names[-1], unit, panel)
     return names
 
 

@@ -92,6 +92,9 @@ class Report:
             " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])) or "nothing was measured yet",
             self.counts(),
         ]
+        hardware = self.experiment.hardware
+        if hardware and any("floor_s" in record.figures for record in records):
+            lines.append(f"floors are those of configs/hardware/{hardware}.toml")
         return "\n".join(f"- {line}" for line in lines)
 
 

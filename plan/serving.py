@@ -35,7 +35,7 @@ from serve.programs import CacheShape, Programs, powers_of_two, step_shapes
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
 from serve.runner import Runner
 from serve.scheduler import Limits, Scheduler
-from serve.trace import summarize
+from serve.trace import NUM_KEPT, summarize
 from sharding.mesh import MeshShape, make_meshes
 
 MEMORY_SHARE = 0.85
@@ -43,7 +43,6 @@ MEMORY_SHARE = 0.85
 RAMP_LIMIT_S = 60.0
 """A closed loop that has not filled the batch by then, for want of pages, is measured as it is."""
 POLL_S = 0.005
-KEPT_STEPS = 100_000
 
 clock = time.monotonic
 
@@ -193,7 +192,7 @@ def _batch(load: Load) -> dict[str, Any]:
             load.wait_end()
 
     answer(min(serving.output, 2 * serving.max_steps + 1))  # programs' first runs are not timed
-    load.engine.profiles[0].keep(KEPT_STEPS)
+    load.engine.profiles[0].keep(NUM_KEPT)
     begin_s = clock()
     answer(serving.output)
     figures = load.figures(begin_s, clock())
@@ -222,7 +221,7 @@ def _closed_loop(load: Load) -> dict[str, Any]:
                 load.submit(serving.prompt, serving.output)
 
     go_on_until(lambda: len(load.firsts) >= running or clock() > begin_s + RAMP_LIMIT_S)
-    engine.profiles[0].keep(KEPT_STEPS)
+    engine.profiles[0].keep(NUM_KEPT)
     full_s, ended = clock(), load.num_ended
     go_on_until(lambda: clock() > full_s + serving.window_s)
     figures = load.figures(full_s, clock())

@@ -14,12 +14,13 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from plan.ahead import prepare
-from plan.devices import Devices, environment, parse_devices
+from plan.devices import Devices, environment, inherited_flags, parse_devices
 from plan.experiment import Point, make_point
 from plan.ledger import Status
 from plan.machine import cores
@@ -79,6 +80,9 @@ class Worker:
             if "error" in ready:
                 raise WorkerDied(ready["error"])
             self.device: str = ready["device"]
+            # They decide figures, and no point names them.
+            if flags_before := inherited_flags(os.environ):
+                self.device += f", XLA_FLAGS {flags_before}"
         except BaseException:
             self.close()
             raise
@@ -107,7 +111,9 @@ class Worker:
     def close(self) -> None:
         """A process that measures still is stopped at once, too: it watches its input."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            # Closing sends what could not be written to a process that had died.
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -159,7 +165,11 @@ def main() -> None:
         points: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_watch, args=(sys.stdin, points.put), daemon=True).start()
         try:
-            _write(answers, {"device": name_device(devices)})
+            device = name_device(devices)
+            # What is not their own decides floors, and so is part of what figures were taken on.
+            if hardware not in (None, devices.platform):
+                device += f", held to {hardware}"
+            _write(answers, {"device": device})
         except Exception as error:
             traceback.print_exc()
             _write(answers, {"error": f"{type(error).__name__}: {error}"})

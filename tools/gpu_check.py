@@ -103,7 +103,7 @@ def check(cases: Sequence[Case], path: Path, update: bool) -> int:
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     found: dict[Case, Cost] = {}
-    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), context) as pool:
+    with ProcessPoolExecutor(min(len(cases), len(os.sched_getaffinity(0))), context) as pool:
         for case, cost in zip(cases, pool.map(case_cost, cases), strict=True):
             found[case] = cost
             print(row(case, cost), flush=True)

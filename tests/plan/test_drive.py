@@ -1,21 +1,24 @@
 """A run measures what is missing, whatever becomes of a point or of the run."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from plan.drive import Run, run
-from plan.experiment import ExperimentError
+from plan.drive import Run, known, run
+from plan.experiment import ExperimentError, Point
 from plan.ledger import Ledger, Record, read_records
 from plan.machine import ROOT
-from plan.worker import WorkerDied, WorkerLate
+from plan.worker import Answer, Worker, WorkerDied, WorkerLate
 from tests.plan.fake_kind import experiment, start
 
 pytestmark = pytest.mark.usefixtures("fakes")
@@ -75,6 +78,58 @@ def test_a_point_that_comes_to_nothing_is_recorded_and_the_run_goes_on(path: Pat
     assert reasons[3] == "it needs 3 bytes a device, which has 2"
     assert found.records[3].figures == {"needed_bytes": 3}
     assert reasons[5] == "no answer within 1.5 s"
+
+
+def test_a_process_that_does_not_start_fails_the_points_of_its_flags_alone(path: Path):
+    def pick(devices, hardware, flags):
+        module = "tests.plan.no_such_worker" if flags == "--xla_b" else "tests.plan.fake_kind"
+        return start(devices, hardware, flags, module=module)
+
+    with Ledger(path) as ledger:
+        found = run(experiment(flags=["", "--xla_b", "--xla_c"]), ledger, "abc", start=pick)
+    assert [record.status for record in found.records] == ["ok", "failed", "ok"]
+    assert "No module named" in found.records[1].reason
+
+
+def test_a_process_that_died_between_two_points_fails_the_second_alone(path: Path):
+    class Dying(Worker):
+        def measure(self, point: Point, limit_s: float) -> Answer:
+            if "after death" in point.key:
+                os.kill(self.pid, signal.SIGKILL)
+                self._process.wait()
+            return super().measure(point, limit_s)
+
+    asked = experiment(do=["work", "after death", "work2"])
+    with Ledger(path) as ledger:
+        found = run(asked, ledger, "abc", start=partial(Dying, module="tests.plan.fake_kind"))
+    assert [record.status for record in found.records] == ["ok", "failed", "ok"]
+    assert found.records[1].reason.startswith("the process ended with status -9")
+
+
+def test_flags_that_were_set_before_make_other_figures(path: Path, monkeypatch):
+    with Ledger(path) as ledger:
+        for flags in ("--xla_force_host_platform_device_count=8", "--xla_a", "--xla_a"):
+            monkeypatch.setenv("XLA_FLAGS", flags)
+            run(experiment(), ledger, "abc", start=start)
+    devices = [record.device for record in read_records(path)]
+    assert devices == ["fake cpu:2", "fake cpu:2, XLA_FLAGS --xla_a"]
+
+
+def test_other_hardware_to_be_held_to_makes_other_figures(path: Path):
+    with Ledger(path) as ledger:
+        for hardware in ("cpu", "h100", "h100"):
+            run(replace(experiment(), hardware=hardware), ledger, "abc", start=start)
+    devices = [record.device for record in read_records(path)]
+    assert devices == ["fake cpu:2", "fake cpu:2, held to h100"]
+
+
+def test_a_record_without_a_setting_that_came_later_has_its_default(path: Path):
+    drive(path)
+    (record,) = read_records(path)
+    older = {name: value for name, value in record.settings.items() if name != "number"}
+    older["setting_of_old"] = ""
+    found = known(experiment(number=[0, 1]), {record.key: replace(record, settings=older)})
+    assert found.records == [record]
 
 
 def test_a_later_run_measures_what_is_missing_and_tries_again_what_failed(path: Path, log: Path):

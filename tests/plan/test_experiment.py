@@ -68,6 +68,7 @@ def test_every_experiment_of_ours_can_be_read_and_opens_with_its_command(file: P
         ({"devices": "cpu:0"}, "devices is 'cpu:0'"),
         ({"matrix": STEP}, r"write \[\[matrix\]\]"),
         ({"matrix": []}, "has no point"),
+        ({"matrix": [STEP, 5]}, "matrix 2: it is 5; it must be a table"),
         ({"point_limit_s": 0}, "point_limit_s is 0; it must be seconds"),
         ({"title": 3}, "title is 3; it must be of type str"),
     ],
@@ -81,6 +82,7 @@ def test_a_wrong_key_of_an_experiment_is_refused_with_what_would_be_right(change
     ("changes", "message"),
     [
         ({"kind": "setp"}, "matrix 1: there is no kind setp; did you mean step"),
+        ({"kind": [["step"]]}, r"kind is \['step'\]; it must be of type str"),
         ({"model": "tinny"}, "there is no model tinny.*did you mean tiny"),
         ({"batches": 3}, r"no key step\.batches; did you mean step\.batch"),
         ({"phase": "decod"}, "no phase decod; did you mean decode"),

@@ -13,7 +13,7 @@ from model.attention import NO_WINDOW
 from model.config import Layer, Rope
 from model.weights import shapes
 from plan import figures, fill, steps
-from plan.devices import Devices, environment, parse_devices
+from plan.devices import Devices, environment, inherited_flags, parse_devices
 from plan.hardware import RowWork
 from plan.kinds.step import Step
 from plan.models import load_model
@@ -110,6 +110,13 @@ def test_times_agree_with_one_another(found):
     assert found[MESH]["idle_fraction"] == pytest.approx(3 / 7)
 
 
+def test_a_step_whose_floor_is_not_known_is_measured_all_the_same():
+    outcome = figures.measure(replace(TINY, dtype="float16"), CPU, "cpu")
+    assert outcome.figures["no_floor"].startswith("two CPU cores has no rate of float16 products")
+    assert outcome.figures["step_s"] > 0
+    assert not {"floor_s", "roofline_fraction"} & set(outcome.figures)
+
+
 def test_a_step_that_does_not_fit_says_by_how_many_bytes_and_is_not_run(monkeypatch):
     monkeypatch.setattr(figures, "find_memory_bytes", lambda *_: 1_000_000)
     monkeypatch.setattr(figures, "random_weights", None)
@@ -165,6 +172,7 @@ def test_a_worker_sees_as_many_devices_as_are_asked_whatever_ours_sees():
     changed = environment(parse_devices("cpu:2"), "--xla_c", inherited)
     assert changed["XLA_FLAGS"] == "--xla_b --xla_force_host_platform_device_count=2 --xla_c"
     assert (changed["JAX_PLATFORMS"], changed["HOME"]) == ("cpu", "/")
+    assert inherited_flags(inherited) == "--xla_b"
     on_gpu = environment(parse_devices("gpu"), "", inherited)
     assert on_gpu["XLA_FLAGS"] == "--xla_b"
     assert "JAX_PLATFORMS" not in on_gpu

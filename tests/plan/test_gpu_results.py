@@ -55,6 +55,14 @@ def test_without_figures_every_target_is_not_measured() -> None:
     assert text.count("not measured") == len(TARGETS)
 
 
+def test_the_fastest_products_of_a_dtype_are_its_rate() -> None:
+    sizes = {16384: 7e14, 8192: 8e14, 4096: 5e14}
+    found = [
+        record("device", {"work": "product", "size": n}, flops_per_s=x) for n, x in sizes.items()
+    ]
+    assert results(*found).rates.flops_per_s == {"bfloat16": 8e14}
+
+
 def test_decode_is_a_fraction_of_the_bandwidth_that_was_measured() -> None:
     assert target(0, COPY, step(num_bytes=3e9)) == pytest.approx(3e9 / 1e-3 / 4e12)
     assert target(0, step(num_bytes=3e9)) is None, "no rate was measured"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from model.config import Experts, Layer, Rope
 from plan.hardware import (
     FOLDER,
+    NoFloor,
     Precision,
     RowWork,
     UnknownHardware,
@@ -100,7 +101,7 @@ def test_stages_share_arithmetic_but_read_weights_for_every_micro_batch():
 def test_a_model_with_experts_has_no_floor_yet():
     experts = Experts(num_experts=8, top_k=2, size=32, normalize=True)
     model = replace(TINY, layers=(Layer(Rope(1e4), experts=True),), experts=experts)
-    with pytest.raises(ValueError, match="floor of a model with experts is not worked out"):
+    with pytest.raises(NoFloor, match="floor of a model with experts is not worked out"):
         step_work(model, [RowWork(1, 9)])
 
 
@@ -116,7 +117,7 @@ def test_unknown_hardware_is_refused_with_the_nearest_name():
 
 
 def test_a_rate_that_hardware_has_not_is_refused():
-    with pytest.raises(UnknownHardware, match="two CPU cores has no rate of int8 products"):
+    with pytest.raises(NoFloor, match="two CPU cores has no rate of int8 products"):
         load_hardware("cpu").rate("int8")
 
 

@@ -1,5 +1,6 @@
 """A peer is a command that is told a task and answers with figures, or does not."""
 
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -48,6 +49,19 @@ def test_a_peer_is_told_the_same_shapes_and_its_last_line_is_its_figures(answers
 def test_a_peer_without_figures_is_told_by_its_last_words(answers, line: str, said: str) -> None:
     answers(line)
     with pytest.raises(PeerFailed, match=said):
+        PEER.measure(CPU, None)
+
+
+def test_a_peer_that_died_before_it_was_told_is_told_by_its_last_words(monkeypatch) -> None:
+    def start_and_wait(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        process = popen(*arguments, **options)
+        process.wait()
+        return process
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start_and_wait)
+    monkeypatch.setattr(peers, "COMMAND", (sys.executable, "-c", "raise SystemExit('no licence')"))
+    with pytest.raises(PeerFailed, match="no licence"):
         PEER.measure(CPU, None)
 
 

@@ -92,6 +92,13 @@ def test_circumstances_misfits_and_what_is_missing_are_said(measured: Report):
         assert said in text
 
 
+def test_floors_are_said_to_be_of_the_hardware_they_were_worked_out_for(measured: Report):
+    said = "- floors are those of configs/hardware/cpu.toml"
+    assert said not in measured.to_markdown()
+    timed = TIMED | COUNTED
+    assert said in report(one=timed | {"floor_s": 1e-3}, two=timed, misfit=COUNTED).to_markdown()
+
+
 def test_what_was_only_compiled_is_said_not_to_be_measured():
     found = report(one=COUNTED, two=COUNTED | {"ring_floor_s": 0.0005}, misfit=COUNTED)
     text = found.to_markdown()
