@@ -1,6 +1,6 @@
 """A bench report as a picture: bars of tokens/s, one engine beside the other.
 
-    python -m bench.picture bench/results/cpu-2026-11-21.json docs/first-figures.png
+    python -m bench.picture bench/results/cpu-float32-2026-11-21.json docs/cpu-figures.png
 
 It does not know how the figures were taken (`bench/report.py`).
 """
