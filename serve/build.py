@@ -129,7 +129,8 @@ class _Builder:
         """The pool: as configured, or what the memory holds beside weights and activations."""
         config = self.config.cache
         platform = mesh.devices.flat[0].platform
-        cache_dtype = dtype if config.dtype == "auto" else jnp.dtype(config.dtype)
+        named = {"auto": dtype, "fp8": jnp.float8_e4m3fn}
+        cache_dtype = jnp.dtype(named.get(config.dtype, config.dtype))
         cache = CacheShape(1, config.tokens_per_page(platform), cache_dtype)
         num_pages = config.pages
         memory, one_page = self._device_memory(mesh), cache.page_bytes(self.partition)

@@ -156,6 +156,27 @@ def offline(
     command.offline(model, peer or [], runs, dtype=dtype.value, out=out, as_json=json)
 
 
+@bench.command()
+def quality(
+    model: Model,
+    other: Annotated[
+        Path | None, typer.Option(help="Its other form, such as a quantized conversion.")
+    ] = None,
+    overrides: Overrides = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text to score; the model's own, if none."),
+    ] = None,
+    positions: Annotated[int, typer.Option(min=1, help="Tokens to score.")] = 1_000,
+    json: Json = False,
+) -> None:
+    """Compare two forms of a model on the same tokens: --set is how the other is served."""
+    from bench.quality import run
+
+    found = run(model, other, overrides or [], text, positions)
+    print(found.to_json() if json else found.to_markdown())
+
+
 @app.command()
 def mesh(
     path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A TOML file, or several.")],

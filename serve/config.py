@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
 Kernel = Literal["auto", "xla", "cpu", "pallas", "pallas_interpreted"]
 Tables = dict[str, Any]
 """A TOML file as read: mostly tables in a table, until it is checked."""
@@ -57,8 +58,8 @@ class CacheSection(Section):
     """Share of each device's memory for weights and pages together; see `memory_share`."""
     page_size: Count | None = None
     """Tokens of a page, a power of two; see `tokens_per_page`."""
-    dtype: Dtype = "auto"
-    """auto: the model's."""
+    dtype: CacheDtype = "auto"
+    """auto: the model's; fp8: float8_e4m3fn; int8: with a scale for each head of each token."""
 
     def memory_share(self, platform: str) -> float:
         """On a CPU the memory is shared with everything else on the machine."""
@@ -164,13 +165,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ServeConfig:
     path = Path(path)
     values = _read(path)
     _make_path_absolute(values, path.absolute().parent)
+    return _overridden(values, overrides, str(path))
+
+
+def override_config(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:
+    """`config` with `overrides`, as in `load_config`. Raises ConfigError."""
+    return _overridden(config.model_dump(exclude_unset=True), overrides, "the configuration")
+
+
+def _overridden(values: Tables, overrides: Sequence[str], origin: str) -> ServeConfig:
     origins: dict[str, str] = {}
     for override in overrides:
         key = _apply(values, override)
         origins[key] = f"--set {override}"
         if key == "model.path":
             _make_path_absolute(values, Path.cwd())
-    return make_config(values, str(path), origins)
+    return make_config(values, origin, origins)
 
 
 def make_config(

@@ -159,6 +159,7 @@ def make_parts(
     num_pages: int = 64,
     replica: int = 0,
     kernels: Kernels | None = None,
+    cache_dtype: str = "float32",
 ) -> Parts:
     """Nothing is compiled yet: the runner does so when it meets a shape, or by `compile_all`."""
     partition = Partition(config, mesh.stage, mesh.tensor)
@@ -168,7 +169,7 @@ def make_parts(
     tables = PageTables(
         PagePool(num_pages, PAGE_SIZE), limits.max_batch + 1, -(-limits.max_context // PAGE_SIZE)
     )
-    cache = CacheShape(num_pages, PAGE_SIZE, dtype)
+    cache = CacheShape(num_pages, PAGE_SIZE, jnp.dtype(cache_dtype))
     programs = Programs(partition, devices, cache, limits, tables.width, dtype, kernels)
     runner = Runner(programs, loaded, tables.array)
     return Parts(config, arrays, limits, tables, runner)

@@ -103,7 +103,7 @@ def test_an_unknown_key_on_the_command_line_names_the_option(tmp_path: Path) -> 
         ("[cache]\nmemory_fraction = 1.5", "is 1.5; it must be less than or equal to 1"),
         ("[cache]\nmemory_fraction = nan", "cache.memory_fraction is nan; it must be"),
         ("[cache]\npage_size = 24", "cache.page_size is 24; it must be a power of two"),
-        ('[cache]\ndtype = "fp8"', "cache.dtype is 'fp8'; it must be 'auto', 'float32'"),
+        ('[cache]\ndtype = "int4"', "cache.dtype is 'int4'; it must be 'auto', 'float32'"),
         ("[cache]\npages = 8\nmemory_fraction = 0.5", "[cache] must be set with either pages or"),
         ("[schedule]\ntoken_budget = 32", "such that token_budget (32) is above max_batch"),
         ("[schedule]\nchunk = 600", "and at least chunk (600)"),
