@@ -6,7 +6,7 @@ It does not know how the step was built (`plan/steps.py`) or who wants the figur
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -160,6 +160,7 @@ def _least(built: BuiltStep, device: Hardware) -> dict[str, Any]:
     except NoFloor as error:
         return idle | {"no_floor": str(error)}
     return idle | {
+        "work": asdict(work),
         "least_bytes": work.weight_bytes + work.cache_bytes,
         "least_flops": work.weight_flops + work.attention_flops,
         "floor_s": least_s,

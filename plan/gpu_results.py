@@ -12,6 +12,7 @@ from typing import Any
 
 from plan.drive import Run
 from plan.experiment import Experiment
+from plan.hardware import Hardware, StepWork, floor_s
 from plan.kinds.serving import Serving
 from plan.ledger import Record
 
@@ -41,12 +42,12 @@ class Rates:
         rate = self.flops_per_s.get(dtype)
         return rate and flops / seconds / rate
 
-    def floor_s(self, num_bytes: float, flops: float, dtype: str) -> float | None:
-        """The longer of moving the bytes and of multiplying."""
-        rate = self.flops_per_s.get(dtype)
-        if not self.copy_bytes_per_s or not rate:
+    def floor_s(self, work: StepWork, dtype: str) -> float | None:
+        """The least time of a step at these rates, as `plan/hardware.py` has it."""
+        if not self.copy_bytes_per_s or dtype not in self.flops_per_s:
             return None
-        return max(num_bytes / self.copy_bytes_per_s, flops / rate)
+        measured = Hardware("as measured", 0, self.copy_bytes_per_s, self.flops_per_s)
+        return floor_s(work, measured, dtype)
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,9 @@ class Results:
         return curves
 
     def step_floor_s(self, record: Record) -> float | None:
-        figures = record.figures
-        if "least_bytes" not in figures:
+        if "work" not in record.figures:
             return None
-        return self.rates.floor_s(figures["least_bytes"], figures["least_flops"], "bfloat16")
+        return self.rates.floor_s(StepWork(**record.figures["work"]), "bfloat16")
 
     def ok(self, kind: str) -> list[Record]:
         """What came to an end, right or wrong."""

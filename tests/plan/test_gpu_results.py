@@ -11,6 +11,7 @@ from plan.experiment import Point, make_experiment, make_point
 from plan.gpu_results import Results, slug
 from plan.gpu_tables import summary, to_dict, to_markdown
 from plan.gpu_targets import TARGETS
+from plan.hardware import StepWork
 from plan.ledger import Record
 from plan.pictures import draw_curves
 
@@ -39,7 +40,9 @@ def results(*records: Record, missing: tuple[Point, ...] = (), problems=()) -> R
 
 
 def step(phase: str = "decode", num_bytes: float = 1e9, seconds: float = 1e-3, **settings: Any):
+    """Half of the bytes are weights, half are keys and values."""
     figures = {"step_s": seconds, "tokens_per_s": 1 / seconds, "least_flops": 1e9}
+    figures |= {"work": asdict(StepWork(int(num_bytes / 2), int(num_bytes / 2), int(1e9), 0))}
     prompt = {"prompt": 8192, "context": 0} if phase == "prefill" else {}
     settings = {**MODEL, "phase": phase, **prompt, **settings}
     return record("step", settings, least_bytes=num_bytes, **figures)
@@ -114,6 +117,13 @@ def test_curves_are_decode_by_batch_beside_the_floor() -> None:
     assert curve.batches == [1, 64]
     assert curve.floors_per_s == pytest.approx([1 / 0.25e-3, 64 / 0.5e-3])
     assert not results(*steps).curves, "without rates there is no floor"
+
+
+def test_the_floor_is_that_of_weights_and_then_of_attention() -> None:
+    floor_s = results(COPY, PRODUCTS).rates.floor_s(
+        StepWork(int(4e9), int(4e9), int(8e11), int(16e11)), "bfloat16"
+    )
+    assert floor_s == pytest.approx(1e-3 + 2e-3)
 
 
 def test_a_fault_is_shown_before_all_figures_and_fails_the_report() -> None:
