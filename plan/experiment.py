@@ -3,7 +3,6 @@
 It does not know what a kind measures (`plan/kinds`) or where figures go, and imports no JAX.
 """
 
-import difflib
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from plan.devices import Devices, parse_devices
 from plan.hardware import hardware_names
 from plan.kinds import KINDS, Kind
+from plan.unknown import unknown
 
 
 class ExperimentError(ValueError):
@@ -94,7 +94,7 @@ def make_experiment(name: str, values: Mapping[str, Any]) -> Experiment:
     devices = parse_devices(values["devices"])
     hardware = values["hardware"]
     if hardware is not None and hardware not in hardware_names():
-        raise ValueError(_unknown("hardware", hardware, hardware_names()))
+        raise ValueError(unknown("hardware", hardware, hardware_names()))
     limit_s = values["point_limit_s"]
     if not isinstance(limit_s, int | float) or isinstance(limit_s, bool) or limit_s <= 0:
         raise ValueError(f"point_limit_s is {limit_s!r}; it must be seconds, above 0")
@@ -124,7 +124,7 @@ def make_point(kind: str, settings: Mapping[str, Any]) -> Point:
     """Raises ValueError for an unknown kind or key, a value of another type, or a senseless one."""
     _check_type("kind", kind, str)
     if kind not in KINDS:
-        raise ValueError(_unknown("kind", kind, list(KINDS)))
+        raise ValueError(unknown("kind", kind, list(KINDS)))
     type_ = KINDS[kind]
     declared = {field.name: field for field in fields(type_)}
     _check_known(f"{kind}.", settings, list(declared))
@@ -164,18 +164,12 @@ def _check_devices(points: Sequence[Point], devices: Devices) -> None:
 def _check_known(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(_unknown("key", f"{where}{key}", [f"{where}{name}" for name in known]))
-
-
-def _unknown(what: str, given: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(str(given), known, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"there is no {what} {given}; {hint}there are {', '.join(known)}"
+            raise ValueError(unknown("key", f"{where}{key}", [f"{where}{name}" for name in known]))
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ValueError(_unknown(name, str(value), get_args(hint)))
+            raise ValueError(unknown(name, str(value), get_args(hint)))
     elif type(value) is not hint and not (hint is float and type(value) is int):
         raise ValueError(f"{name} is {value!r}; it must be of type {hint.__name__}")

@@ -4,7 +4,6 @@ The floor counts what any program must move and multiply, each number once. It d
 programs we run (`plan/compiled.py`), what devices say to each other, and imports no JAX.
 """
 
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.weights import shapes
+from plan.unknown import unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "hardware"
 
@@ -82,9 +82,7 @@ def hardware_names() -> list[str]:
 def load_hardware(name: str) -> Hardware:
     """The device of configs/hardware/NAME.toml."""
     if name not in (names := hardware_names()):
-        raise UnknownHardware(
-            f"there is no hardware {name}, only {', '.join(names)}{_nearest(name, names)}"
-        )
+        raise UnknownHardware(unknown("hardware", name, names))
     return read_hardware(FOLDER / f"{name}.toml")
 
 
@@ -164,12 +162,7 @@ def _check_keys(
     for key in found:
         if key not in known:
             raise UnknownHardware(
-                f"{path}: {where}{key} is not known, only {', '.join(known)}{_nearest(key, known)}"
+                f"{path}: {unknown('key', f'{where}{key}', [f'{where}{name}' for name in known])}"
             )
     if all_needed and (missing := [key for key in known if key not in found]):
         raise UnknownHardware(f"{path} has no {where}{missing[0]}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -3,11 +3,11 @@
 It does not know what the kernels do, and imports no JAX.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 
 from model.kernel_choice import NAMES, Kernels
+from plan.unknown import did_you_mean
 
 OPERATIONS = tuple(field.name for field in fields(Kernels))
 
@@ -25,8 +25,7 @@ def asked_kernels(text: str) -> Mapping[str, str]:
     for part in text.split(","):
         operation, _, name = part.partition("=")
         if operation not in OPERATIONS or name not in NAMES or operation in asked:
-            nearest = difflib.get_close_matches(operation, OPERATIONS, n=1)
-            hint = f"did you mean {nearest[0]}? " if nearest and nearest[0] != operation else ""
+            hint = did_you_mean(operation, OPERATIONS)
             raise ValueError(
                 f"kernels is {text!r}; {hint}it must be auto, one of {', '.join(NAMES)} for every "
                 f"operation, or OPERATION=KERNEL,... with operations {', '.join(OPERATIONS)}, "

@@ -4,13 +4,13 @@ Such a file is a model's config.json in TOML, read by the model's family as a ch
 It does not know meshes, or where real weights might lie, and imports no JAX.
 """
 
-import difflib
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from model.config import ModelConfig
 from model.families import UnsupportedModel, read_config
+from plan.unknown import unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
 
@@ -26,9 +26,7 @@ def model_names() -> list[str]:
 def load_model(name: str, num_layers: int | None = None) -> ModelConfig:
     """The model of configs/models/NAME.toml; with `num_layers`, its first layers alone."""
     if name not in (names := model_names()):
-        nearest = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UnknownModel(f"there is no model {name}, only {', '.join(names)}{hint}")
+        raise UnknownModel(unknown("model", name, names))
     model = read_model(FOLDER / f"{name}.toml")
     if num_layers is None:
         return model

@@ -3,12 +3,13 @@
 It does not know how the costs are found (`tools/gpu_check.py`).
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from plan.unknown import unknown
 
 Traffic = dict[str, tuple[int, int]]
 """By kind of collective, how often it runs and the bytes that one device puts in."""
@@ -120,9 +121,7 @@ def _read_cost(where: str, values: Any) -> Cost:
     parts = {part.name: part.type for part in fields(Cost)}
     for key in values:
         if key not in parts:
-            nearest = difflib.get_close_matches(key, parts, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise BudgetError(f"{where}: {key} is not known, only {', '.join(parts)}{hint}")
+            raise BudgetError(f"{where}: {unknown('key', key, parts)}")
     found: dict[str, Any] = {}
     for name, kind in parts.items():
         if kind is not int:

@@ -61,12 +61,12 @@ def test_layers_that_a_model_has_not_are_refused(layers):
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name():
-    with pytest.raises(UnknownModel, match=r"no model llama-8b, only .*mean llama-3.1-8b\?"):
+    with pytest.raises(UnknownModel, match=r"no model llama-8b; did you mean llama-3.1-8b\? there are"):
         load_model("llama-8b")
 
 
 def test_a_name_like_none_of_them_is_refused_without_a_guess():
-    with pytest.raises(UnknownModel, match=r"no model xyzzy, only [^;]*$"):
+    with pytest.raises(UnknownModel, match=r"no model xyzzy; there are [^;]*$"):
         load_model("xyzzy")
 
 

@@ -72,7 +72,7 @@ def test_no_file_is_no_budgets(tmp_path):
 @pytest.mark.parametrize(
     ("good", "bad", "complaint"),
     [
-        ("sorts", "sort", r"decode 64: sort is not known, only .*did you mean sorts\?"),
+        ("sorts", "sort", r"decode 64: there is no key sort; did you mean sorts\?"),
         ("sorts = 1", "", "decode 64 has no sorts"),
         ("sorts = 1", "sorts = -1", "sorts is -1; it must be a number of 0 or more"),
         ("sorts = 1", "sorts = true", "sorts is True; it must be a number"),
