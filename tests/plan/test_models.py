@@ -61,7 +61,9 @@ def test_layers_that_a_model_has_not_are_refused(layers):
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name():
-    with pytest.raises(UnknownModel, match=r"no model llama-8b; did you mean llama-3.1-8b\? there are"):
+    with pytest.raises(
+        UnknownModel, match=r"no model llama-8b; did you mean llama-3.1-8b\? there are"
+    ):
         load_model("llama-8b")
 
 
