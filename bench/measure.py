@@ -6,6 +6,7 @@ It does not know which engines they are or where they come from (`bench/offline.
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,9 @@ class Engine(Protocol):
     def ready(self) -> Ready: ...
     def ask(self, job: Job) -> Answer: ...
     def cpu_s(self) -> float: ...
+
+
+Ask = Callable[[Engine, Job], Answer]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class _Round:
     """Processor time that everyone but the engine used while each answer was made."""
 
 
+class _LeftOut(Exception):
+    """A peer has failed, and why has been noted."""
+
+
 def busy_s() -> float:
     """Time that the cores we may use have been in use since the machine started, by anyone."""
     every = psutil.cpu_times(percpu=True)
@@ -123,6 +131,17 @@ def measure(
     vocab_size = ours.ready.vocab_size
     failures: dict[str, str] = {}
     rounds: list[_Round] = []
+
+    def ask(engine: Engine, job: Job) -> Answer:
+        try:
+            return engine.ask(job)
+        except WorkerError as error:
+            if engine is ours:
+                raise
+            failures[engine.name] = str(error)
+            tell(f"{engine.name}: not measured: {error}")
+            raise _LeftOut from error
+
     for i, task in enumerate(tasks):
         for run in range(1, runs + 1):
             job = task.job(vocab_size, [i, run])
@@ -131,27 +150,23 @@ def measure(
             for name, engine in engines.items():
                 if name in failures:
                     continue
-                try:
-                    other_before_s = busy_s() - engine.cpu_s()
-                    answer = engine.ask(job)
+                other_before_s = busy_s() - engine.cpu_s()
+                with suppress(_LeftOut):
+                    answers[name] = answer = ask(engine, job)
                     other_s[name] = busy_s() - engine.cpu_s() - other_before_s
-                except WorkerError as error:
-                    if engine is ours:
-                        raise
-                    failures[name] = str(error)
-                    tell(f"{name}: not measured: {error}")
-                    continue
-                answers[name] = answer
-                rate = f"{task.rate(job, answer):,.1f} tokens/s"
-                tell(f"{name}: {task.workload.name}, run {run} of {runs}: {rate}")
+                    rate = f"{task.rate(job, answer):,.1f} tokens/s"
+                    tell(f"{name}: {task.workload.name}, run {run} of {runs}: {rate}")
             rounds.append(_Round(task, run, job, answers, other_s))
-    measured = [entrant for entrant in entrants if entrant.engine.name not in failures]
+    agreements: dict[str, Agreement] = {}
+    for name, engine in engines.items():
+        if engine is not ours and name not in failures:
+            with suppress(_LeftOut):
+                agreements[name] = _agreement(ask, ours, engine, rounds)
     return Measurement(
-        sides=[_side(entrant, rounds) for entrant in measured],
-        agreements={
-            entrant.engine.name: _agreement(ours, entrant.engine, rounds)
-            for entrant in measured[1:]
-        },
+        sides=[
+            _side(entrant, rounds) for entrant in entrants if entrant.engine.name not in failures
+        ],
+        agreements=agreements,
         failures=failures,
     )
 
@@ -174,7 +189,7 @@ def _side(entrant: Entrant, rounds: Sequence[_Round]) -> Side:
     )
 
 
-def _agreement(ours: Engine, peer: Engine, rounds: Sequence[_Round]) -> Agreement:
+def _agreement(ask: Ask, ours: Engine, peer: Engine, rounds: Sequence[_Round]) -> Agreement:
     num_prompts = num_equal = 0
     differences: dict[str, Difference] = {}
     for r in rounds:
@@ -185,11 +200,13 @@ def _agreement(ours: Engine, peer: Engine, rounds: Sequence[_Round]) -> Agreemen
         num_equal += len(pairs) - len(different)
         name = r.task.workload.name
         if different and name not in differences:
-            differences[name] = _difference(ours, peer, r, different[0], *pairs[different[0]])
+            first = different[0]
+            differences[name] = _difference(ask, ours, peer, r, first, *pairs[first])
     return Agreement(num_prompts, num_equal, list(differences.values()))
 
 
 def _difference(
+    ask: Ask,
     ours: Engine,
     peer: Engine,
     r: _Round,
@@ -207,7 +224,7 @@ def _difference(
     position = next(i for i, (a, b) in enumerate(zip(our_ids, peer_ids, strict=True)) if a != b)
     again = Job(r.job.prompts, r.job.num_tokens, margins=True)
     our_margin, peer_margin = (
-        engine.ask(again).margins[prompt][position] for engine in (ours, peer)
+        ask(engine, again).margins[prompt][position] for engine in (ours, peer)
     )
     return Difference(
         workload=r.task.workload.name,

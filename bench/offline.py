@@ -140,6 +140,8 @@ def check(peers: Sequence[str], runs: int, dtype: str) -> None:
     """Raises ValueError for what `run` would refuse."""
     if unknown := [name for name in peers if name not in PEERS]:
         raise ValueError(f"there is no peer {unknown[0]}; there are: {', '.join(PEERS)}")
+    if len(set(peers)) < len(peers):
+        raise ValueError(f"the peers are {', '.join(peers)}; name each once")
     if runs < 1:
         raise ValueError(f"runs is {runs}; it must be 1 or more")
     if dtype not in DTYPES:

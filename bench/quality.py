@@ -76,8 +76,8 @@ def run(
     They score the tokens of the file `text`; without one, what `model` writes itself at
     temperature 1. Raises RequestError, and what building an engine raises.
     """
-    config = make_config({"model": {"path": str(model.absolute())}}, "weft bench quality")
-    changed = override_config(config, [*([f"model.path={other}"] if other else []), *overrides])
+    config = _config(model, num_positions)
+    changed = override_config(_config(other or model, num_positions), overrides)
     if changed == config:
         raise RequestError("both forms are the same; name another model, or --set what differs")
     tokens = None if text is None else _tokens(model, text)
@@ -89,13 +89,14 @@ def run(
         if tokens is None:
             sequences = engine.write(num_sequences, length)
         else:
-            sequences = [list(part) for part in itertools.batched(tokens, length)]
-            if len(tokens) < num_sequences * length:
+            needed = num_positions + num_sequences
+            if len(tokens) < needed:
                 raise RequestError(
                     f"{text} has {len(tokens):,} tokens, and {num_positions:,} positions need "
-                    f"{num_sequences * length:,}; give a longer text, or lower --positions"
+                    f"{needed:,}; give a longer text, or lower --positions"
                 )
-        scores = engine.score(sequences[:num_sequences], num_positions)
+            sequences = [list(part) for part in itertools.batched(tokens[:needed], length)]
+        scores = engine.score(sequences, num_positions)
         vocab_size = engine.vocab_size
     with _Engine(changed) as engine:
         if engine.vocab_size != vocab_size:
@@ -103,10 +104,10 @@ def run(
                 f"{other} has a vocabulary of {engine.vocab_size:,} tokens, {model} of "
                 f"{vocab_size:,}; only models of one vocabulary can be compared"
             )
-        other_scores = engine.score(sequences[:num_sequences], num_positions)
+        other_scores = engine.score(sequences, num_positions)
     return Quality(
-        model=model.name,
-        other=" ".join([other.name if other else "", *overrides]).strip(),
+        model=model.absolute().name,
+        other=" ".join([*([other.absolute().name] if other else []), *overrides]),
         num_positions=num_positions,
         agreement=float(np.mean(scores.best_ids == other_scores.best_ids)),
         perplexity=scores.perplexity,
@@ -114,11 +115,20 @@ def run(
     )
 
 
+def _config(model: Path, num_positions: int) -> ServeConfig:
+    # All sequences wait at once, and each has a position or more.
+    tables = {"model": {"path": str(model.absolute())}, "schedule": {"max_queue": num_positions}}
+    return make_config(tables, "weft bench quality")
+
+
 def _tokens(model: Path, text: Path) -> Sequence[int]:
     tokenizer = load_text(model).tokenizer
     if tokenizer is None:
         raise RequestError(f"{model} has no tokenizer to read {text} with; leave out --text")
-    return tokenizer.encode(text.read_text(encoding="utf-8"))
+    try:
+        return tokenizer.encode(text.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise RequestError(f"{text} is not text in UTF-8; give --text one that is") from None
 
 
 class _Engine:

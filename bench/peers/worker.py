@@ -94,7 +94,7 @@ class Worker:
     def _receive(self, kind: str) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # it may have died in the middle of one
             raise WorkerError(self._died())
         message = json.loads(line)
         if "error" in message:

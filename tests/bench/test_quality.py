@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.quality import Quality, Scores, run
+from bench.quality import LENGTH, Quality, Scores, run
 from serve.cli import main
-from serve.config import ConfigError
+from serve.config import ConfigError, ScheduleSection
 from serve.errors import RequestError
 from tests.assets import ASSETS, needs_assets
 
@@ -39,6 +39,17 @@ def test_pages_of_8_bits_move_what_the_model_writes_a_little():
     assert found.other_perplexity == pytest.approx(found.perplexity, rel=0.05)
 
 
+def test_the_queue_has_room_for_all_sequences(monkeypatch):
+    num_positions = (ScheduleSection().max_queue + 1) * LENGTH
+
+    def build_engine(config, **_):
+        raise RequestError(f"room for {config.schedule.max_queue}")
+
+    monkeypatch.setattr("bench.quality.build_engine", build_engine)
+    with pytest.raises(RequestError, match=f"room for {num_positions}"):
+        run(DEMO, overrides=["cache.dtype=int8"], num_positions=num_positions)
+
+
 def test_perplexity_is_that_of_the_tokens_that_stand_there():
     assert Scores(np.array([1, 2]), np.log([0.5, 0.125])).perplexity == pytest.approx(4)
 
@@ -56,6 +67,25 @@ def test_a_form_that_cannot_be_is_refused():
 def test_a_text_that_is_too_short_says_how_much_is_needed(text):
     with pytest.raises(RequestError, match=r"positions need [\d,]+; give a longer text"):
         run(DEMO, overrides=["cache.dtype=fp8"], text=text, num_positions=100_000)
+
+
+def test_a_text_of_as_many_tokens_as_positions_need_is_enough(tmp_path):
+    short = tmp_path / "short"
+    short.write_text("return None")
+    assert run(DEMO, None, ["cache.page_size=32"], short, num_positions=2).num_positions == 2
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RequestError, match="binary is not text in UTF-8"):
+        run(DEMO, overrides=["cache.dtype=fp8"], text=tmp_path / "binary")
+
+
+def test_the_other_form_may_be_in_a_folder_with_a_number_for_a_name(tmp_path, monkeypatch, text):
+    (tmp_path / "1").symlink_to(DEMO)
+    monkeypatch.chdir(tmp_path)
+    found = run(Path("1"), Path("1"), ["cache.page_size=32"], text, num_positions=2)
+    assert (found.model, found.other) == ("1", "1 cache.page_size=32")
 
 
 @needs_assets

@@ -86,6 +86,12 @@ def test_worker_that_dies_shows_its_last_words():
                 worker.ask(Job([[1]], 1))
 
 
+def test_worker_that_dies_in_the_middle_of_an_answer_shows_its_last_words():
+    torn = "import sys; print('{\"ready\": {\"dev', end=''); sys.exit('no memory')"
+    with pytest.raises(WorkerError, match=r"(?s)status 1.*no memory"):
+        Worker("fake", [sys.executable, "-c", torn])
+
+
 @pytest.mark.parametrize("module", [bench, bench.peers, bench.peers.protocol])
 def test_what_a_peer_imports_needs_only_the_standard_library_of_python_3_11(module):
     tree = ast.parse(source(module), feature_version=(3, 11))
