@@ -72,8 +72,9 @@ $(AOT_VENV)/.installed: pyproject.toml constraints.txt
 	{ echo "gpu-check: can't install the extra aot, 400 MB for x86-64 Linux; see the error above"; exit 1; }
 	@touch $@
 
-# After a change of pyproject.toml; keeps the versions that still fit. Needs uv.
+# After a change of pyproject.toml; keeps the versions that still fit. Needs uv. Lines that begin with
+# a dash would be options, such as where packages are found: they are the machine's.
 constraints:
 	@uv pip compile --universal --all-extras --python-version 3.12 --quiet --no-header --no-annotate \
-	--no-emit-index-url --output-file constraints.txt pyproject.toml > /dev/null
-	@sed 's/ ;.*//' constraints.txt > constraints.tmp && mv constraints.tmp constraints.txt
+	--output-file constraints.txt pyproject.toml > /dev/null
+	@sed -e '/^-/d' -e 's/ ;.*//' constraints.txt > constraints.tmp && mv constraints.tmp constraints.txt

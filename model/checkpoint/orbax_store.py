@@ -7,6 +7,7 @@ It does not know where tensors come from or what they mean to a model.
 """
 
 import contextlib
+import io
 import itertools
 import logging
 import math
@@ -123,10 +124,10 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
         return []
 
     async def metadata(self, infos):
-        raise NotImplementedError("this handler writes only")
+        raise io.UnsupportedOperation("this handler writes only")
 
     async def deserialize(self, infos, args=None):
-        raise NotImplementedError("this handler writes only")
+        raise io.UnsupportedOperation("this handler writes only")
 
 
 def _write(store: ts.TensorStore, block: Block, file_shape: tuple[int, ...]) -> None:

@@ -17,6 +17,10 @@ from model.tokenizer.settings import Settings
 from model.tokenizer.tokenizer import Tokenizer
 
 
+class _UnknownStep(ValueError):
+    """A decoder's step whose bytes can't be told token by token."""
+
+
 def load(path: Path, settings: Settings) -> Tokenizer:
     """The tokenizer in a tokenizer.json."""
     library = _open(path)
@@ -27,7 +31,7 @@ def load(path: Path, settings: Settings) -> Tokenizer:
     state = library.decoder.__getstate__() if library.decoder else b"null"
     try:
         to_bytes, leading_spaces = _read_decoder(json.loads(state))
-    except NotImplementedError as error:
+    except _UnknownStep as error:
         raise ValueError(
             f"{path} decodes with {error}, which Weft cannot stream; it knows ByteLevel, Metaspace,"
             " WordPiece, ByteFallback with Replace, Fuse and Strip of leading spaces, and none"
@@ -95,7 +99,7 @@ def _read_decoder(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes
             case {"type": "Strip", "content": " ", "start": leading_spaces, "stop": 0} if fused:
                 pass
             case _:
-                raise NotImplementedError(json.dumps(step))
+                raise _UnknownStep(json.dumps(step))
 
     def to_bytes(token: str) -> bytes:
         if byte_fallback and (byte := byte_of_piece(token)):

@@ -18,7 +18,7 @@ from model.tokenizer.byte_spellings import byte_of_piece
 from model.tokenizer.settings import Settings
 from model.tokenizer.tokenizer import Tokenizer
 
-# Generated code without type stubs.
+# Generated code, which has no types.
 _ModelProto: Any = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 
