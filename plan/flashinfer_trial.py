@@ -18,8 +18,8 @@ from plan.attention_trial import Attention
 from plan.described import NUM_CORES
 from plan.flashinfer_work import Prompt, share_work
 from plan.kinds.kernel import Kernel
+from plan.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 HEAD_DIM, GROUP_SIZE, PAGE_SIZE = 128, 4, 64
 """XQA is compiled for one shape: Llama 3.1 8B's heads, in the pages that are served; FlashAttention
 3 for that width of heads."""

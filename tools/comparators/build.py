@@ -21,8 +21,8 @@ from plan.devices import Devices
 from plan.flashinfer_trial import GROUP_SIZE, HEAD_DIM, PAGE_SIZE, library
 from plan.kernels import measure
 from plan.kinds.kernel import Kernel
+from plan.machine import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = "flashinfer-python==0.7.2.post1"
 
 
