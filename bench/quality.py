@@ -8,7 +8,6 @@ It does not know in what the forms differ.
 import itertools
 import json
 import math
-import queue
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.outputs import outputs_of
 from serve.build import build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ServeConfig, make_config, override_config
 from serve.errors import RequestError
-from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
+from serve.request import GenerateRequest, Output, SamplingParams
 
 LENGTH = 256
 """Tokens of a sequence at most; each is scored from its own begin."""
@@ -175,17 +175,10 @@ class _Engine:
     ) -> list[list[Output]]:
         """What came for each prompt."""
         params = SamplingParams(ignore_eos=True, **sampling)
-        arrivals: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        outputs: dict[str, list[Output]] = {}
-        for i, prompt in enumerate(prompts):
-            outputs[str(i)] = []
-            self._engine.submit(GenerateRequest(str(i), tuple(prompt), params), arrivals.put)
-        running = len(prompts)
-        while running:
-            output = arrivals.get()
+        requests = [
+            GenerateRequest(str(i), tuple(prompt), params) for i, prompt in enumerate(prompts)
+        ]
+        outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+        for _, output in outputs_of(self._engine, requests):
             outputs[output.request_id].append(output)
-            if output.finish_reason is not None:
-                running -= 1
-                if output.finish_reason is not FinishReason.LENGTH:
-                    raise RequestError(f"a sequence was not scored: {output.error}")
         return list(outputs.values())

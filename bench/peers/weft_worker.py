@@ -8,7 +8,6 @@ It knows of the engine what `serve/front.py` knows of it.
 import argparse
 import gc
 import itertools
-import queue
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.outputs import outputs_of
 from bench.peers.protocol import Answer, Generate, Job, Ready, answer_jobs
-from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
+from serve.request import GenerateRequest, Output, SamplingParams
 
 SCHEDULE = {"max_batch": 16, "token_budget": 1024 + 16, "chunk": 128}
 """The widest batch asked for, a budget that takes the longest prompt in one step, and rows as long
@@ -79,30 +79,9 @@ def generate(engine: Any, job: Job) -> Answer:
     requests = [
         GenerateRequest(next(_request_ids), tuple(prompt), sampling) for prompt in job.prompts
     ]
-    arrivals: queue.SimpleQueue[tuple[float, Output]] = queue.SimpleQueue()
     started = time.perf_counter()
-    for request in requests:
-        engine.submit(request, lambda output: arrivals.put((time.perf_counter(), output)))
-    outputs = _collect(arrivals, len(requests))
+    outputs = outputs_of(engine, requests)
     return _answer(job, started, outputs, [request.request_id for request in requests])
-
-
-def _collect(
-    arrivals: "queue.SimpleQueue[tuple[float, Output]]", num_requests: int
-) -> list[tuple[float, Output]]:
-    """Everything that comes until each request is finished."""
-    outputs: list[tuple[float, Output]] = []
-    while num_requests:
-        arrived_s, output = arrivals.get()
-        outputs.append((arrived_s, output))
-        if output.finish_reason is not None:
-            num_requests -= 1
-            if output.finish_reason is not FinishReason.LENGTH:
-                raise RuntimeError(
-                    f"request {output.request_id} ended by {output.finish_reason.value}, "
-                    f"not by its length: {output.error or 'no reason given'}"
-                )
-    return outputs
 
 
 def _answer(

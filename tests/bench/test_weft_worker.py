@@ -6,6 +6,7 @@ import pytest
 
 from bench.peers.protocol import Job
 from bench.peers.weft_worker import generate
+from serve.errors import RequestError
 from serve.request import FinishReason, GenerateRequest, Output, TokenLogprobs
 
 
@@ -60,5 +61,5 @@ def test_margins_are_the_two_best_apart():
 
 
 def test_request_that_ends_otherwise_is_an_error():
-    with pytest.raises(RuntimeError, match="ended by error, not by its length: it broke"):
+    with pytest.raises(RequestError, match="ended by error, not by its length: it broke"):
         generate(FakeEngine((5,), reason=FinishReason.ERROR), Job([[1]], 1))
