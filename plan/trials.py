@@ -3,7 +3,7 @@
 It does not know what is compared or timed (`plan/kernels.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,14 @@ from model.kernels import pallas_matmul, pallas_rotate, xla_matmul, xla_rotate
 from model.linear import Norm
 from model.mlp import activation
 from plan.attention_trial import Attention
-from plan.flashinfer_trial import FLASHINFER
+from plan.comparator_trial import COMPARATORS
 from plan.kinds.kernel import Kernel
 from plan.trial import AT_ONCE, LEAST_CALLS, LONG_CALLS, MOST_CALLS, Trial
 
 
 def trial(kernel: Kernel) -> Trial:
-    trials: Mapping[str, type[Trial]] = FLASHINFER if kernel.kernel == "flashinfer" else TRIALS
-    return trials[kernel.operation](kernel)
+    made = COMPARATORS.get((kernel.operation, kernel.kernel), TRIALS[kernel.operation])
+    return made(kernel)
 
 
 class Rotate(Trial):

@@ -25,8 +25,8 @@ MAY_IMPORT = {
 COMMAND_LINE = ("serve/cli.py", "serve/commands/")
 """It starts whatever a user may ask for, so it stands above all packages."""
 
-OTHER_ENVIRONMENTS = ("bench/peers/", "plan/pictures.py")
-"""Run where there is more than pyproject.toml declares: a peer's packages, matplotlib."""
+OTHER_ENVIRONMENTS = ("bench/peers/", "plan/pictures.py", "tools/comparators/export_fa4.py")
+"""Run where there is more than pyproject.toml declares: a peer's packages, matplotlib, CuTe."""
 
 PACKAGES = sorted({path.parent.name for path in ROOT.glob("[!.]*/*.py")})
 

@@ -15,15 +15,20 @@ from plan.models import load_model
 
 Operation = Literal["decode_attention", "prefill_attention", "rotate_and_write", "small_matmul"]
 
+KernelName = Literal[
+    "xla", "pallas", "pallas_interpreted", "cudnn", "flashinfer", "flash_attention4"
+]
+
 TILING = re.compile(r"((queries|keys|splits|num_warps|num_stages)=[1-9]\d*(,|$))*")
 
 
 @dataclass(frozen=True)
 class Kernel:
     operation: Operation
-    kernel: Literal["xla", "pallas", "pallas_interpreted", "cudnn", "flashinfer"] = "pallas"
+    kernel: KernelName = "pallas"
     """The reference is xla's. Others' are yardsticks, which nothing serves with: cuDNN, prefill of
-    whole prompts, not in pages; FlashInfer, attention of the shapes that `make comparators` builds.
+    whole prompts, not in pages; FlashInfer, attention of the shapes that `make comparators` builds;
+    FlashAttention 4, prefill of such.
     """
     model: str = "llama-3.1-8b"
     """A file in configs/models, whose heads and widths these are."""
@@ -79,6 +84,11 @@ class Kernel:
         if self.kernel == "flashinfer" and "attention" not in self.operation:
             raise ValueError(
                 f"flashinfer is for attention, not {self.operation}; choose xla or pallas"
+            )
+        if self.kernel == "flash_attention4" and self.operation != "prefill_attention":
+            raise ValueError(
+                f"flash_attention4 is for prefill_attention, not {self.operation}; choose xla or "
+                "pallas"
             )
         if not TILING.fullmatch(self.tiling) or self.tiling.endswith(","):
             raise ValueError(

@@ -156,6 +156,7 @@ def test_what_a_kernel_does_not_cover_is_said_not_tried() -> None:
         (DECODE, {"weight": "qkv"}, "nothing else takes one"),
         (PREFILL, {"kernel": "cudnn"}, "cudnn is for prefill_attention with context 0"),
         (ROTATE, {"kernel": "flashinfer"}, "flashinfer is for attention, not rotate_and_write"),
+        (DECODE, {"kernel": "flash_attention4"}, "is for prefill_attention, not decode_attention"),
         (DECODE, {"kernel": "flashinfer", "tiling": "keys=32"}, "only Pallas attention has one"),
         (DECODE, {"kernel": "pallas", "tiling": "warps=8"}, "it must be some of queries=N"),
         (DECODE, {"kernel": "pallas", "tiling": "keys=8,"}, "it must be some of queries=N"),

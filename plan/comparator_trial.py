@@ -1,4 +1,4 @@
-"""Attention by FlashInfer's kernels for Hopper: others', to compare ours with.
+"""Attention by others' kernels for Hopper, to compare ours with: FlashInfer's, FlashAttention 4.
 
 `make comparators` builds them (tools/comparators); nothing serves with them. It does not know what
 is compared or timed.
@@ -17,12 +17,15 @@ from plan.ahead import once
 from plan.attention_trial import Attention
 from plan.described import NUM_CORES
 from plan.flashinfer_work import Prompt, share_work
-from plan.kinds.kernel import Kernel
+from plan.kinds.kernel import Kernel, KernelName, Operation
 from plan.machine import ROOT
 
 HEAD_DIM, GROUP_SIZE, PAGE_SIZE = 128, 4, 64
-"""XQA is compiled for one shape: Llama 3.1 8B's heads, in the pages that are served; FlashAttention
-3 for that width of heads."""
+"""What they are compiled for: Llama 3.1 8B's heads, in the pages that are served. FlashAttention 3
+takes any pages, and any number of heads of that width."""
+
+FA4_PAGE_SIZES = (PAGE_SIZE, 128)
+"""Of which it fetches the larger at once: they are its tile of keys."""
 
 SCRATCH_BYTES = 2**20
 """Where a head's keys are split, each part takes about 1 kB; parts fill a GPU, a few hundred."""
@@ -33,8 +36,8 @@ def library(name: str) -> Path:
     return ROOT / "build" / "comparators" / f"{name}.so"
 
 
-class FlashInfer(Attention):
-    """They scale queries by 1 / sqrt(C) themselves, as our models do, and fp8 pages by 1."""
+class Comparator(Attention):
+    """One library's function, which scales queries by 1 / sqrt(C), as our models do."""
 
     library_name: str
 
@@ -57,8 +60,8 @@ class FlashInfer(Attention):
         return ""
 
 
-class Decode(FlashInfer):
-    """By XQA, which splits the keys of few rows."""
+class Xqa(Comparator):
+    """FlashInfer's decode, which splits the keys of few rows."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -85,20 +88,11 @@ class Decode(FlashInfer):
         return call(q, pages.keys, pages.values, tables_RW, ends_R, counts)[0]
 
 
-class Prefill(FlashInfer):
-    """By FlashAttention 3, whose work is shared out here: the lengths are known."""
-
-    library_name = "fa3"
+class Prefill(Comparator):
+    """Prompts of bfloat16 pages, whose lengths are known here."""
 
     def covered(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return super().covered() | {"cache_dtype": (self.kernel.cache_dtype, ("bfloat16",))}
-
-    def _attend(self, q, pages, tables_RW, *_):
-        tiles, shares = share_work(
-            self._prompts(tables_RW.shape[1]), self.model.num_heads, NUM_CORES
-        )
-        call = jax.ffi.ffi_call(_target(self.library_name), jax.typeof(q))
-        return call(q, pages.keys, pages.values, tables_RW, tiles, shares)
 
     def _prompts(self, num_pages: int) -> list[Prompt]:
         """`num_pages` is the length of a row's page table."""
@@ -110,15 +104,50 @@ class Prefill(FlashInfer):
         ]
 
 
-FLASHINFER: dict[str, type[FlashInfer]] = {
-    "decode_attention": Decode,
-    "prefill_attention": Prefill,
+class FlashAttention3(Prefill):
+    """FlashInfer's prefill, whose work is shared out here."""
+
+    library_name = "fa3"
+
+    def _attend(self, q, pages, tables_RW, *_):
+        tiles, shares = share_work(
+            self._prompts(tables_RW.shape[1]), self.model.num_heads, NUM_CORES
+        )
+        call = jax.ffi.ffi_call(_target(self.library_name), jax.typeof(q))
+        return call(q, pages.keys, pages.values, tables_RW, tiles, shares)
+
+
+class FlashAttention4(Prefill):
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self.library_name = f"fa4_{kernel.page_size}"
+
+    def covered(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        return super().covered() | {
+            "page_size": (self.kernel.page_size, FA4_PAGE_SIZES),
+            "queries of a kv head": (self.model.group_size, (GROUP_SIZE,)),
+        }
+
+    def _attend(self, q, pages, tables_RW, *_):
+        prompts = self._prompts(tables_RW.shape[1])
+        begins = [prompt.first_query for prompt in prompts] + [len(q) * self.length]
+        num_queries = [prompt.num_queries for prompt in prompts]
+        num_keys = [prompt.num_keys for prompt in prompts]
+        call = jax.ffi.ffi_call(_target(self.library_name), jax.typeof(q))
+        counts = (jnp.array(count, jnp.int32) for count in (begins, num_queries, num_keys))
+        return call(q, pages.keys, pages.values, tables_RW, *counts)
+
+
+COMPARATORS: dict[tuple[Operation, KernelName], type[Comparator]] = {
+    ("decode_attention", "flashinfer"): Xqa,
+    ("prefill_attention", "flashinfer"): FlashAttention3,
+    ("prefill_attention", "flash_attention4"): FlashAttention4,
 }
 
 
 def _target(name: str) -> str:
     """What XLA knows the library's function by."""
-    target = f"flashinfer_{name}"
+    target = f"comparator_{name}"
     return once(target, partial(_register, target, library(name)))
 
 

@@ -1,4 +1,4 @@
-"""What FlashInfer's kernels are given, and what they are not asked for."""
+"""What others' kernels are given, and what they are not asked for."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plan import flashinfer_trial
+from plan import comparator_trial
+from plan.comparator_trial import library
 from plan.devices import Devices
-from plan.flashinfer_trial import library
 from plan.flashinfer_work import TILE
 from plan.kinds.kernel import Kernel
 from plan.trials import trial
@@ -23,20 +23,22 @@ FP8 = replace(DECODE, cache_dtype="float8_e4m3fn")
 PREFILL = Kernel(
     "prefill_attention", "flashinfer", rows=2, context=70, prompt=150, chunk=64, cold_bytes=1
 )
+FA4 = replace(PREFILL, kernel="flash_attention4")
+FA4_LARGE = replace(FA4, page_size=128)
 
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the libraries were there; nothing can be called."""
-    monkeypatch.setattr(flashinfer_trial, "ROOT", tmp_path)
-    for name in ("xqa_bfloat16", "xqa_float8_e4m3fn", "fa3"):
+    monkeypatch.setattr(comparator_trial, "ROOT", tmp_path)
+    for name in ("xqa_bfloat16", "xqa_float8_e4m3fn", "fa3", "fa4_64", "fa4_128"):
         library(name).parent.mkdir(parents=True, exist_ok=True)
         library(name).touch()
-    monkeypatch.setattr(flashinfer_trial, "_target", lambda name: name)
+    monkeypatch.setattr(comparator_trial, "_target", lambda name: name)
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("kernel", [DECODE, FP8, PREFILL])
+@pytest.mark.parametrize("kernel", [DECODE, FP8, PREFILL, FA4, FA4_LARGE])
 def test_what_is_built_is_covered(kernel: Kernel) -> None:
     assert not trial(kernel).uncovered()
 
@@ -54,18 +56,22 @@ def test_what_is_built_is_covered(kernel: Kernel) -> None:
         (DECODE, {"window": 100}, "window 100, only 0"),
         (PREFILL, {"softcap": 20.0}, "softcap 20.0, only 0"),
         (DECODE, {"sinks": True}, "sinks True, only False"),
+        (FA4, {"page_size": 16}, "page_size 16, only 64 and 128"),
+        (FA4, {"model": "qwen3-0.6b"}, "queries of a kv head 2, only 4"),
     ],
 )
 def test_what_it_was_not_built_for_is_a_misfit(kernel, changes, said) -> None:
     kernel = replace(kernel, **changes)
     outcome = kernel.measure(CPU, None)
-    assert outcome.misfit == f"flashinfer does not cover {said}; xla computes it"
+    assert outcome.misfit == f"{kernel.kernel} does not cover {said}; xla computes it"
     assert not kernel.jobs(CPU)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [(DECODE, "xqa_bfloat16"), (PREFILL, "fa3")])
+@pytest.mark.parametrize(
+    ("kernel", "name"), [(DECODE, "xqa_bfloat16"), (PREFILL, "fa3"), (FA4, "fa4_64")]
+)
 def test_without_its_library_it_says_what_builds_it(kernel, name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(flashinfer_trial, "ROOT", tmp_path)
+    monkeypatch.setattr(comparator_trial, "ROOT", tmp_path)
     said = f"a tree without build/comparators/{name}.so, which make comparators builds"
     assert said in kernel.measure(CPU, None).misfit
 
@@ -109,8 +115,26 @@ def fa3(q, keys, values, tables, tiles, starts) -> np.ndarray:
     return out.reshape(q.shape)
 
 
+def fa4(q, keys, values, tables, begins, counts, lengths) -> np.ndarray:
+    """As fa4.cu says it: a prompt's table is that of its first row."""
+    group, channels = q.shape[-2:]
+    queries = q.reshape(-1, q.shape[2] * group, channels)
+    out = np.full_like(queries, np.nan)
+    tables = tables.reshape(len(lengths), -1)
+    for table, begin, count, length in zip(tables, begins, counts, lengths, strict=False):
+        pages = table[: -(-length // keys.shape[1])]
+        for head in range(queries.shape[1]):
+            k, v = (x[pages, :, head // group].reshape(-1, channels) for x in (keys, values))
+            mine = queries[begin : begin + count, head][:, None]
+            out[begin : begin + count, head] = attend(mine, k[:length], v[:length])[:, 0]
+    assert begins[-1] == len(queries)
+    return out.reshape(q.shape)
+
+
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize(("kernel", "function"), [(DECODE, xqa), (PREFILL, fa3)])
+@pytest.mark.parametrize(
+    ("kernel", "function"), [(DECODE, xqa), (PREFILL, fa3), (FA4, fa4), (FA4_LARGE, fa4)]
+)
 def test_its_answer_to_what_it_is_given_is_the_references(
     kernel: Kernel, function: Callable[..., Any], monkeypatch
 ) -> None:
@@ -127,7 +151,7 @@ def test_its_answer_to_what_it_is_given_is_the_references(
 
         return call
 
-    monkeypatch.setattr(flashinfer_trial.jax.ffi, "ffi_call", ffi_call)
+    monkeypatch.setattr(comparator_trial.jax.ffi, "ffi_call", ffi_call)
     tried, reference = trial(kernel), trial(replace(kernel, kernel="xla"))
     arguments = jax.jit(reference.make)()
     expected = np.asarray(jax.jit(reference.one)(*arguments))
@@ -136,7 +160,7 @@ def test_its_answer_to_what_it_is_given_is_the_references(
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("kernel", [DECODE, PREFILL])
+@pytest.mark.parametrize("kernel", [DECODE, PREFILL, FA4])
 def test_a_chain_calls_it_as_often_as_it_says(kernel: Kernel) -> None:
     tried = trial(kernel)
     lowered = jax.jit(tried.chain).lower(*jax.eval_shape(tried.make)).as_text()
