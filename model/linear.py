@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as it is stored: its numbers, and for a quantized one what they are multiplied by.
+
+    A scale is of an output channel, so it is taken once, after the product.
+    """
+
+    numbers: Num[Array, "..."]
+    scale: Float[Array, "..."] | None = None
+    """Float32, of the numbers' shape without the axes that a product sums over."""
 
 
 def matmul(x: Float[Array, "*N D"], weight: Float[Array, "D F"]) -> Float[Array, "*N F"]:
