@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.kernel_choice import Kernels
 from model.kernels import paged_attention, rotate_and_write
 from model.linear import Norm
+from model.matrix import add_matrix, matrix
 from model.pages import Pages
 from model.projection import project_in, project_out
 from sharding.collectives import mean_over_tensor
@@ -50,7 +51,7 @@ class PagedAttention(nnx.Module):
         D, K, G, U = config.hidden_size, config.num_kv_heads, config.group_size, config.value_dim
         self.config = config
         self.kernels = kernels
-        self.out = nnx.Param(jnp.zeros((K, G, U, D), dtype))
+        add_matrix(self, "attention.out", (K, G, U, D), config, dtype)
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros((D,), dtype))
         if config.sinks:
@@ -77,7 +78,7 @@ class PagedAttention(nnx.Module):
         q_NKGC, pages = self.project(x_ND, norm, pages, tokens)
         y_NKGU = self._attend(q_NKGC, pages, tokens)
         bias_D = self.out_bias[...] if self.config.out_bias else None
-        return project_out(self.kernels, y_NKGU, self.out[...], bias_D, residual_ND), pages
+        return project_out(self.kernels, y_NKGU, matrix(self, "out"), bias_D, residual_ND), pages
 
     def _attend(self, q_NKGC: jax.Array, pages: Pages, tokens: Tokens) -> jax.Array:
         """Decode rows and chunk rows, each as one call over its own shape."""
@@ -108,7 +109,7 @@ class Attention(PagedAttention):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, kernels: Kernels) -> None:
         super().__init__(config, dtype, kernels)
         D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
-        self.qkv = nnx.Param(jnp.zeros((D, K, G + 2, C), dtype))
+        add_matrix(self, "attention.qkv", (D, K, G + 2, C), config, dtype)
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((K, G + 2, C), dtype))
         if config.qk_norm == "head":
@@ -122,7 +123,7 @@ class Attention(PagedAttention):
         self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens
     ) -> tuple[Float[Array, "N K G C"], Pages]:
         bias = self.qkv_bias[...] if self.config.qkv_bias else None
-        qkv_NKJC = project_in(self.kernels, x_ND, norm, self.qkv[...], bias)
+        qkv_NKJC = project_in(self.kernels, x_ND, norm, matrix(self, "qkv"), bias)
         norms = None
         if self.config.qk_norm == "head":
             eps, offset = self.config.norm_eps, self.config.norm_offset

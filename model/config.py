@@ -68,6 +68,10 @@ class ClampedSwiglu:
     limit: float
 
 
+Quantization = Literal["int8", "fp8"]
+"""int8, or float8_e4m3fn; both with a scale for each output channel."""
+
+
 @dataclass(frozen=True)
 class Experts:
     """A mixture of `num_experts` feed-forward blocks of width `size`, `top_k` of them per token."""
@@ -153,6 +157,8 @@ class ModelConfig:
     latent: Latent | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None
+    """How the numbers of products' weights are stored (`model/weights.py`); None: as all others."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):

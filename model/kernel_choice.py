@@ -24,6 +24,8 @@ class Kernels:
     """Norm and rotation of queries and keys, and the write of keys and values."""
     small_matmul: str = "xla"
     """Products of few rows with weights, with the norm before and activation or residual after."""
+    experts: str = "xla"
+    """Experts over the tokens that were routed to them."""
 
 
 NAMES = ("xla", "cpu", "pallas", "pallas_interpreted")
@@ -32,14 +34,14 @@ interpreted, slowly, on any device."""
 
 XLA = Kernels()
 CHOSEN = {
-    "cpu": Kernels(decode_attention="cpu", small_matmul="cpu"),
-    "gpu": Kernels("pallas", "pallas", "pallas", "xla"),
+    "cpu": Kernels(decode_attention="cpu", small_matmul="cpu", experts="cpu"),
+    "gpu": Kernels("pallas", "pallas", "pallas", "xla", "pallas"),
 }
 """By JAX's platform; docs/performance.md has what was measured on CPUs. On GPUs nothing is measured
 yet: there XLA alone gathers keys and values to memory before it reads them, about three times the
-traffic, and its products are tuned on the device."""
+traffic, and computes every expert for every token; but its products are tuned on the device."""
 
-CPU_OPERATIONS = ("decode_attention", "small_matmul")
+CPU_OPERATIONS = ("decode_attention", "small_matmul", "experts")
 """Those that have a kernel cpu."""
 
 

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 from model.attention import PagedAttention, Tokens
 from model.config import Latent, ModelConfig
 from model.kernel_choice import Kernels
-from model.linear import Norm, matmul, rms_norm
+from model.linear import Norm, rms_norm
+from model.matrix import add_matrix, matrix
 from model.pages import Pages, write_pages
+from model.projection import project_in
 from model.rope import apply_rope, rope_angles
 
 
@@ -27,15 +29,16 @@ class LatentAttention(PagedAttention):
         D, K, C = config.hidden_size, config.num_kv_heads, config.head_dim
         self.latent = latent
         if latent.q_rank is None:
-            self.q = nnx.Param(jnp.zeros((D, K, C), dtype))
+            add_matrix(self, "attention.q", (D, K, C), config, dtype)
         else:
-            self.q_down = nnx.Param(jnp.zeros((D, latent.q_rank), dtype))
+            add_matrix(self, "attention.q_down", (D, latent.q_rank), config, dtype)
             self.q_latent_norm = nnx.Param(jnp.zeros((latent.q_rank,), dtype))
-            self.q_up = nnx.Param(jnp.zeros((latent.q_rank, K, C), dtype))
-        self.kv_down = nnx.Param(jnp.zeros((D, latent.kv_rank + latent.rope_dim), dtype))
+            add_matrix(self, "attention.q_up", (latent.q_rank, K, C), config, dtype)
+        kv = (D, latent.kv_rank + latent.rope_dim)
+        add_matrix(self, "attention.kv_down", kv, config, dtype)
         self.kv_latent_norm = nnx.Param(jnp.zeros((latent.kv_rank,), dtype))
         heads = (latent.kv_rank, K, latent.nope_dim + latent.value_dim)
-        self.kv_up = nnx.Param(jnp.zeros(heads, dtype))
+        add_matrix(self, "attention.kv_up", heads, config, dtype)
 
     def project(
         self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens
@@ -46,9 +49,10 @@ class LatentAttention(PagedAttention):
         q_NKC, turning_q_NKC = jnp.split(self._queries(x_ND), [latent.nope_dim], axis=-1)
         q_NKC = jnp.concatenate([q_NKC, apply_rope(turning_q_NKC, *angles)], axis=-1)
 
-        down = matmul(x_ND, self.kv_down[...])
+        down = project_in(self.kernels, x_ND, None, matrix(self, "kv_down"))
         kv, turning_k = jnp.split(down, [latent.kv_rank], axis=-1)
-        kv = _up(rms_norm(kv, Norm(self.kv_latent_norm[...], latent.norm_eps)), self.kv_up[...])
+        norm = Norm(self.kv_latent_norm[...], latent.norm_eps)
+        kv = project_in(self.kernels, kv, norm, matrix(self, "kv_up"))
         k_NKC, v_NKU = jnp.split(kv, [latent.nope_dim], axis=-1)
         turned_k_N1C = apply_rope(turning_k[:, None], *angles)
         shared = jnp.broadcast_to(turned_k_N1C, (*k_NKC.shape[:2], latent.rope_dim))
@@ -59,13 +63,7 @@ class LatentAttention(PagedAttention):
     def _queries(self, x_ND: jax.Array) -> jax.Array:
         """[N, K, C], not rotated."""
         if self.latent.q_rank is None:
-            return _up(x_ND, self.q[...])
-        down = matmul(x_ND, self.q_down[...])
-        return _up(
-            rms_norm(down, Norm(self.q_latent_norm[...], self.latent.norm_eps)), self.q_up[...]
-        )
-
-
-def _up(x: Float[Array, "N L"], weight: Float[Array, "L K C"]) -> Float[Array, "N K C"]:
-    L, K, C = weight.shape
-    return matmul(x, weight.reshape(L, K * C)).reshape(-1, K, C)
+            return project_in(self.kernels, x_ND, None, matrix(self, "q"))
+        down = project_in(self.kernels, x_ND, None, matrix(self, "q_down"))
+        norm = Norm(self.q_latent_norm[...], self.latent.norm_eps)
+        return project_in(self.kernels, down, norm, matrix(self, "q_up"))

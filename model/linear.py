@@ -28,6 +28,16 @@ def matmul(x: Float[Array, "*N D"], weight: Float[Array, "D F"]) -> Float[Array,
     return jnp.matmul(x, weight, precision=precision)
 
 
+def multiply(x: Float[Array, "*N D"], weight: Matrix) -> Float[Array, "*N F"]:
+    """x @ weight, [D, F]; of a quantized one the scale is taken before the result is rounded."""
+    if weight.scale is None:
+        return matmul(x, weight.numbers)
+    numbers = weight.numbers.astype(x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    wide = jnp.matmul(x, numbers, precision=precision, preferred_element_type=jnp.float32)
+    return (wide * weight.scale).astype(x.dtype)
+
+
 @dataclass(frozen=True)
 class Norm:
     """An RMS norm: x over its root mean square, times (weight + offset)."""

@@ -13,6 +13,7 @@ from model.kernel_choice import Kernels
 from model.kernels import fused_matmul
 from model.kernels.xla_matmul import Activate
 from model.linear import Norm
+from model.matrix import add_matrix, matrix
 from model.projection import project_in, project_out
 
 
@@ -43,8 +44,8 @@ class Mlp(nnx.Module):
         D, F = config.hidden_size, config.mlp_size
         self.config = config
         self.kernels = kernels
-        self.gate_up = nnx.Param(jnp.zeros((D, 2, F), dtype))
-        self.down = nnx.Param(jnp.zeros((F, D), dtype))
+        add_matrix(self, "mlp.gate_up", (D, 2, F), config, dtype)
+        add_matrix(self, "mlp.down", (F, D), config, dtype)
         if config.mlp_bias:
             self.gate_up_bias = nnx.Param(jnp.zeros((2, F), dtype))
             self.down_bias = nnx.Param(jnp.zeros((D,), dtype))
@@ -56,17 +57,17 @@ class Mlp(nnx.Module):
         residual_ND: Float[Array, "N D"] | None = None,
     ) -> Float[Array, "N D"]:
         """residual + the block's output for norm(x)."""
-        down_bias_D = None
+        gate_up, down, down_bias_D = matrix(self, "gate_up"), matrix(self, "down"), None
         if self.config.mlp_bias:
             bias, down_bias_D = self.gate_up_bias[...], self.down_bias[...]
-            gate_up_N2F = project_in(self.kernels, x_ND, norm, self.gate_up[...], bias)
+            gate_up_N2F = project_in(self.kernels, x_ND, norm, gate_up, bias)
             hidden_NF = activate(gate_up_N2F, self.config)
         else:
             hidden_NF = fused_matmul(
                 self.kernels,
                 x_ND,
-                self.gate_up[...],
+                gate_up,
                 norm=norm,
                 activate=activation(self.config),
             )
-        return project_out(self.kernels, hidden_NF, self.down[...], down_bias_D, residual_ND)
+        return project_out(self.kernels, hidden_NF, down, down_bias_D, residual_ND)

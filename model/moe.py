@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from model.config import Experts, ModelConfig
-from model.linear import Norm, matmul, rms_norm
+from model.linear import Matrix, Norm, matmul, multiply, rms_norm
+from model.matrix import add_matrix, matrix
 from model.mlp import activate
 from sharding.collectives import sum_over_tensor, tensor_index
 
@@ -57,8 +58,8 @@ class Moe(nnx.Module):
         D, E, F = config.hidden_size, experts.num_experts, experts.size
         self.config = config
         self.router = nnx.Param(jnp.zeros((D, num_routed), dtype))
-        self.gate_up = nnx.Param(jnp.zeros((E, D, 2, F), dtype))
-        self.down = nnx.Param(jnp.zeros((E, F, D), dtype))
+        add_matrix(self, "moe.gate_up", (E, D, 2, F), config, dtype)
+        add_matrix(self, "moe.down", (E, F, D), config, dtype)
         if experts.bias:
             self.router_bias = nnx.Param(jnp.zeros((num_routed,), dtype))
             self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype))
@@ -66,8 +67,9 @@ class Moe(nnx.Module):
         if experts.selection_bias:
             self.selection_bias = nnx.Param(jnp.zeros((num_routed,), jnp.float32))
         if experts.shared_size:
-            self.shared_gate_up = nnx.Param(jnp.zeros((D, 2, experts.shared_size), dtype))
-            self.shared_down = nnx.Param(jnp.zeros((experts.shared_size, D), dtype))
+            shared = experts.shared_size
+            add_matrix(self, "moe.shared_gate_up", (D, 2, shared), config, dtype)
+            add_matrix(self, "moe.shared_down", (shared, D), config, dtype)
 
     def __call__(
         self,
@@ -85,7 +87,8 @@ class Moe(nnx.Module):
         # In float32, since the last bit may decide between two experts.
         x32_ND, router_DE = x_ND.astype(jnp.float32), self.router[...].astype(jnp.float32)
         logits_NE = matmul(x32_ND, router_DE)
-        weights = [self.gate_up[...], self.down[...]]
+        gate_up, down = matrix(self, "gate_up"), matrix(self, "down")
+        weights = [gate_up.numbers, down.numbers, gate_up.scale, down.scale]
         if experts.bias:
             logits_NE = logits_NE + self.router_bias[...]
             weights += [self.gate_up_bias[...], self.down_bias[...]]
@@ -93,13 +96,12 @@ class Moe(nnx.Module):
         routed_NE = route(logits_NE, experts, selection_bias_E)
         routed_EN = self._local(routed_NE, experts.num_experts)
 
-        def add_expert(sum_ND: jax.Array, expert: tuple[jax.Array, list[jax.Array]]):
-            routed_N, (gate_up_D2F, down_FD, *bias) = expert
-            D, _, F = gate_up_D2F.shape
-            hidden_N2F = matmul(x_ND, gate_up_D2F.reshape(D, 2 * F)).reshape(-1, 2, F)
+        def add_expert(sum_ND: jax.Array, expert: tuple[jax.Array, list[jax.Array | None]]):
+            routed_N, (gate_up_D2F, down_FD, scale_2F, scale_D, *bias) = expert
+            hidden_N2F = _gate_up(x_ND, Matrix(gate_up_D2F, scale_2F))
             if bias:
                 hidden_N2F = hidden_N2F + bias[0]
-            out_ND = matmul(activate(hidden_N2F, self.config), down_FD)
+            out_ND = multiply(activate(hidden_N2F, self.config), Matrix(down_FD, scale_D))
             if bias:
                 out_ND = out_ND + bias[1]
             return sum_ND + routed_N[:, None] * out_ND.astype(jnp.float32), None
@@ -112,12 +114,18 @@ class Moe(nnx.Module):
 
     def _shared(self, x_ND: jax.Array) -> jax.Array:
         """This device's part of what every token passes."""
-        D, _, F = self.shared_gate_up.shape
-        hidden_N2F = matmul(x_ND, self.shared_gate_up[...].reshape(D, 2 * F)).reshape(-1, 2, F)
-        return matmul(activate(hidden_N2F, self.config), self.shared_down[...])
+        hidden_N2F = _gate_up(x_ND, matrix(self, "shared_gate_up"))
+        return multiply(activate(hidden_N2F, self.config), matrix(self, "shared_down"))
 
     def _local(self, routed_NE: jax.Array, num_pieces: int) -> jax.Array:
         """The rows [E, N] of this device's experts, or pieces of experts."""
         num_local = self.gate_up.shape[0]
         routed_NE = jnp.repeat(routed_NE, num_pieces // routed_NE.shape[1], axis=1)
         return lax.dynamic_slice_in_dim(routed_NE, tensor_index() * num_local, num_local, 1).T
+
+
+def _gate_up(x_ND: jax.Array, weight: Matrix) -> jax.Array:
+    """[N, 2, F], by a weight [D, 2, F]."""
+    D, parts, F = weight.numbers.shape
+    scale = None if weight.scale is None else weight.scale.reshape(-1)
+    return multiply(x_ND, Matrix(weight.numbers.reshape(D, parts * F), scale)).reshape(-1, parts, F)

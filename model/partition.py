@@ -261,14 +261,17 @@ def _whole_shape(config: ModelConfig, leaf: str) -> tuple[int, ...]:
     E, F = (config.experts.num_experts, config.experts.size) if config.experts else (0, 0)
     return {
         "attention.qkv": (D, K, G + 2, C),
+        "attention.qkv_scale": (K, G + 2, C),
         "attention.qkv_bias": (K, G + 2, C),
         "attention.q_norm_all": (K, G, C),
         "attention.k_norm_all": (K, C),
         "attention.sinks": (K, G),
         "attention.out": (K, G, config.value_dim, D),
         "moe.gate_up": (E, D, 2, F),
+        "moe.gate_up_scale": (E, 2, F),
         "moe.gate_up_bias": (E, 2, F),
         "moe.down": (E, F, D),
+        "moe.down_scale": (E, D),
         "moe.down_bias": (E, D),
     }[leaf]
 
@@ -292,14 +295,17 @@ def _take_qkv(axis: int) -> Callable[..., np.ndarray]:
 # By weight: the axis of kv heads (or experts), and what one of its `n` pieces keeps.
 _FITS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
     "attention.qkv": (1, _take_qkv(2)),
+    "attention.qkv_scale": (0, _take_qkv(1)),
     "attention.qkv_bias": (0, _take_qkv(1)),
     "attention.q_norm_all": (0, _take(1)),
     "attention.k_norm_all": (0, lambda x, i, n, config: x),
     "attention.sinks": (0, _take(1)),
     "attention.out": (0, _take(1)),
     "moe.gate_up": (0, _take(3)),
+    "moe.gate_up_scale": (0, _take(2)),
     "moe.gate_up_bias": (0, _take(2)),
     "moe.down": (0, _take(1)),
+    "moe.down_scale": (0, lambda x, i, n, config: x),
     # Pieces are added up, so only the first carries the bias.
     "moe.down_bias": (0, lambda x, i, n, config: x if i == 0 else np.zeros_like(x)),
 }

@@ -40,14 +40,20 @@ It does not read files (`model/checkpoint`) and names no family (`model/families
 | layers.I.moe.shared_down           | [F, D]           | F is experts.shared_size            |
 | layers.I.attention_norm, .mlp_norm | [D]              | norm_placement "pre" or "both"      |
 | layers.I.attention_post_norm, .mlp_post_norm | [D]    | norm_placement "post" or "both"     |
+
+Of a quantized model the weights in SUMMED hold int8 or float8_e4m3fn, and each has a float32 weight
+beside it, NAME_scale, of its shape without the axes that the product sums over: what an output
+channel is to be multiplied by.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
-from model.config import Latent, Layer, ModelConfig
+from model.config import Latent, Layer, ModelConfig, Quantization
 
 Shape = tuple[int, ...]
 Pack = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -78,8 +84,61 @@ def stays_float32(name: str) -> bool:
     return name.endswith(".moe.selection_bias")
 
 
+SUMMED: dict[str, tuple[int, ...]] = {
+    "attention.qkv": (0,),
+    "attention.q": (0,),
+    "attention.q_down": (0,),
+    "attention.q_up": (0,),
+    "attention.kv_down": (0,),
+    "attention.kv_up": (0,),
+    "attention.out": (0, 1, 2),
+    "mlp.gate_up": (0,),
+    "mlp.down": (0,),
+    "moe.gate_up": (1,),
+    "moe.down": (1,),
+    "moe.shared_gate_up": (0,),
+    "moe.shared_down": (0,),
+}
+"""By a weight's name without its layer, the axes that its product sums over, of those that may be
+quantized: not a router, whose last bit may decide between two experts, and neither embedding nor
+head, on which the quality depends most (docs/performance.md)."""
+
+QUANTIZED_DTYPES: dict[Quantization, np.dtype] = {
+    "int8": np.dtype(np.int8),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+
+def summed_axes(name: str) -> tuple[int, ...]:
+    """Those of weight `name`, its layer included or not; empty where it is never quantized."""
+    return SUMMED.get(re.sub(r"^layers\.\d+\.", "", name), ())
+
+
+def scale_shape(name: str, shape: Shape) -> Shape:
+    """The shape of the scale of weight `name`."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in summed_axes(name))
+
+
+def quantized(config: ModelConfig) -> dict[str, Shape]:
+    """The weights that a quantized form of the model has scales for."""
+    return {name: shape for name, shape in _plain_shapes(config).items() if summed_axes(name)}
+
+
 def shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every weight of a model, in the order in which a forward pass meets them."""
+    plain = _plain_shapes(config)
+    if config.quantization is None:
+        return plain
+    with_scales = quantized(config)
+    found: dict[str, Shape] = {}
+    for name, shape in plain.items():
+        found[name] = shape
+        if name in with_scales:
+            found[f"{name}_scale"] = scale_shape(name, shape)
+    return found
+
+
+def _plain_shapes(config: ModelConfig) -> dict[str, Shape]:
     D, V = config.hidden_size, config.vocab_size
     found: dict[str, Shape] = {"embedding": (V, D)}
     for i, layer in enumerate(config.layers):

@@ -13,10 +13,14 @@ from jax.sharding import Sharding
 
 from model.attention import NO_WINDOW
 from model.partition import Partition
+from model.weights import QUANTIZED_DTYPES
 from serve.programs import Programs
 
 SPREAD = 0.035
 """Half the width of the uniform distribution: a standard deviation of 0.02, as models begin."""
+
+LARGEST = 100
+"""Of the whole numbers in quantized weights."""
 
 
 def random_weights(programs: Programs) -> list[jax.Array]:
@@ -34,9 +38,9 @@ def random_weights(programs: Programs) -> list[jax.Array]:
 
 
 def random_arrays(shapes: Any, shardings: Any) -> Any:
-    """Arrays like `shapes`, floating ones random and others zero.
+    """Arrays like `shapes`, those of floats and of quantized weights random and others zero.
 
-    Zeros would not do for floating ones: what a GPU draws, and so its clock, depends on the bits.
+    Zeros would not do for all: what a GPU draws, and so its clock, depends on the bits.
     """
     leaves, tree = jax.tree.flatten(shapes)
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -51,10 +55,13 @@ def _maker(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
     """One program for all arrays that are alike, such as those of every layer."""
 
     def make(seed: jax.Array) -> jax.Array:
+        # The device's own generator, which is fast: nobody needs the same numbers elsewhere.
+        key = jax.random.key(seed, impl="rbg")
+        if dtype in QUANTIZED_DTYPES.values():
+            return jax.random.randint(key, shape, -LARGEST, LARGEST + 1, jnp.int8).astype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             return jnp.zeros(shape, dtype)
-        # The device's own generator, which is fast: nobody needs the same numbers elsewhere.
-        return jax.random.uniform(jax.random.key(seed, impl="rbg"), shape, dtype, -SPREAD, SPREAD)
+        return jax.random.uniform(key, shape, dtype, -SPREAD, SPREAD)
 
     return jax.jit(make, out_shardings=sharding)
 

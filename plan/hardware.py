@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.weights import shapes
+from model.weights import quantized, scale_shape, shapes
 from plan.unknown import unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "hardware"
@@ -122,16 +122,23 @@ def step_work(
         )
     precision = precision or Precision()
     fitted = replace(model, num_kv_heads=max(model.num_kv_heads, tensor))
-    sizes = {name: math.prod(shape) for name, shape in shapes(fitted).items()}
+    plain = replace(fitted, quantization=None)
+    sizes = {name: math.prod(shape) for name, shape in shapes(plain).items()}
     head = sizes.get("head", sizes["embedding"])
     layers = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    item_bytes = ITEM_BYTES[precision.weights]
+    weight_bytes = (layers + head) * item_bytes
+    if fitted.quantization:
+        for name, shape in quantized(fitted).items():
+            scale_bytes = ITEM_BYTES["float32"] * math.prod(scale_shape(name, shape))
+            weight_bytes += scale_bytes - (item_bytes - 1) * sizes[name]
     tokens = sum(row.new for row in rows)
     devices = stages * tensor
     kv_heads = fitted.num_kv_heads // tensor
     token_bytes = kv_heads * (model.head_dim + model.value_dim) * ITEM_BYTES[precision.cache]
     attended = [_attended(row, layer.window) for layer in model.layers for row in rows]
     return StepWork(
-        weight_bytes=(layers + head) * ITEM_BYTES[precision.weights] // tensor,
+        weight_bytes=weight_bytes // tensor,
         cache_bytes=sum(moved for moved, _ in attended) * token_bytes // stages,
         weight_flops=2 * (tokens * layers + len(rows) * head) // devices,
         attention_flops=sum(pairs for _, pairs in attended)

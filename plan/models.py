@@ -7,6 +7,7 @@ It does not know meshes, or where real weights might lie, and imports no JAX.
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from model.config import ModelConfig
 from model.families import UnsupportedModel, read_config
@@ -23,11 +24,17 @@ def model_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def load_model(name: str, num_layers: int | None = None) -> ModelConfig:
+def load_model(
+    name: str,
+    num_layers: int | None = None,
+    quantization: Literal["none", "int8", "fp8"] = "none",
+) -> ModelConfig:
     """The model of configs/models/NAME.toml; with `num_layers`, its first layers alone."""
     if name not in (names := model_names()):
         raise UnknownModel(unknown("model", name, names))
     model = read_model(FOLDER / f"{name}.toml")
+    if quantization != "none":
+        model = replace(model, quantization=quantization)
     if num_layers is None:
         return model
     if not 1 <= num_layers <= model.num_layers:

@@ -285,7 +285,7 @@ def _engine(serving: Serving, programs: Programs) -> Iterator[Engine]:
 
 
 def _programs(serving: Serving, devices: Devices) -> KeptPrograms:
-    model = load_model(serving.model)
+    model = load_model(serving.model, quantization=serving.quantization)
     partition, mesh = Partition(model, 1, 1), make_meshes(MeshShape())[0]
     dtype = jnp.dtype(model.dtype if serving.dtype == "auto" else serving.dtype)
     cache_dtype = dtype if serving.cache_dtype == "auto" else jnp.dtype(serving.cache_dtype)

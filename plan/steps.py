@@ -83,7 +83,7 @@ class BuiltStep:
 def build(step: Step, devices: Devices) -> BuiltStep:
     """Raises MeshError where the model does not divide over the mesh, or devices are too few."""
     shape = parse_mesh(step.mesh)
-    model = load_model(step.model)
+    model = load_model(step.model, quantization=step.quantization)
     partition = Partition(model, shape.stage, shape.tensor)
     mesh = described_mesh(shape) if devices.described else make_meshes(shape)[0]
     plan = _plan(step)

@@ -13,7 +13,7 @@ from jax import lax
 
 from model.config import ModelConfig
 from model.kernels import pallas_matmul, pallas_rotate, xla_matmul, xla_rotate
-from model.linear import Norm
+from model.linear import Matrix, Norm
 from model.mlp import activation
 from plan.attention_trial import Attention
 from plan.comparator_trial import COMPARATORS
@@ -101,7 +101,8 @@ class Product(Trial):
         super().__init__(kernel)
         self.depth, self.parts, self.width = _weight_shape(self.model, kernel.weight)
         self.has_norm = kernel.weight in ("qkv", "gate_up")
-        weight_bytes = self.depth * self.parts * self.width * self.dtype.itemsize
+        stored = self.dtype if kernel.weight_dtype == "auto" else jnp.dtype(kernel.weight_dtype)
+        weight_bytes = self.depth * self.parts * self.width * stored.itemsize
         numbers = self.depth + self.width * (1 if self.has_norm else 2)
         self.moved_bytes = weight_bytes + kernel.rows * numbers * self.dtype.itemsize
         self.flops = 2 * kernel.rows * self.depth * self.parts * self.width
@@ -113,10 +114,20 @@ class Product(Trial):
         shape = (self.depth, self.parts, self.width)
         return (
             self.random(0, (rows, self.depth)),
-            [self.random(10 + i, shape) / self.depth**0.5 for i in range(self.num_weights)],
+            [self._weight(10 + i, shape) for i in range(self.num_weights)],
             self.random(1, (self.depth,)) if self.has_norm else None,
             None if self.has_norm else self.random(2, (rows, self.width)),
         )
+
+    def _weight(self, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        """Its numbers and, of 8 bits, its scale."""
+        numbers = self.random(seed, shape)
+        if self.kernel.weight_dtype == "auto":
+            return (numbers / self.depth**0.5,)
+        spread = 30
+        scale = (1 + self.random(seed + 1000, shape[1:], jnp.float32) / 8) / spread
+        stored = jnp.clip(numbers * spread, -127, 127).astype(self.kernel.weight_dtype)
+        return stored, scale / self.depth**0.5
 
     def one(self, x_ND, weights, norm_D, residual_NF):
         return self._multiply(x_ND, weights[0], norm_D, residual_NF).astype(jnp.float32)
@@ -136,7 +147,7 @@ class Product(Trial):
             multiply = partial(pallas_matmul.fused_matmul, interpret=self.interpret)
         return multiply(
             x_ND,
-            weight,
+            Matrix(*weight),
             norm=None if norm_D is None else Norm(norm_D, self.model.norm_eps),
             activate=activation(self.model) if self.parts == 2 else None,
             residual_NF=residual_NF,

@@ -39,6 +39,11 @@ class Format(StrEnum):
     HF = "hf"
 
 
+class Quantization(StrEnum):
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
 Model = Annotated[Path, typer.Argument(help="A converted or Hugging Face directory.")]
 Mesh = Annotated[str, typer.Option(help="Such as stage=2,tensor=2; one device unless told.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -128,12 +133,16 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint's directory.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory to be made.")],
     dtype: Annotated[Dtype, typer.Option(help="auto keeps the checkpoint's.")] = Dtype.AUTO,
+    quantize: Annotated[
+        Quantization | None, typer.Option(help="Weights of products in 8 bits.")
+    ] = None,
     to: Annotated[Format, typer.Option(help="Orbax to serve from, hf for others.")] = Format.ORBAX,
 ) -> None:
     """Convert a checkpoint, verified, and all or nothing."""
     from serve.commands import convert as command
 
-    command.run(source, destination, None if dtype is Dtype.AUTO else dtype.value, to.value)
+    to_dtype = None if dtype is Dtype.AUTO else dtype.value
+    command.run(source, destination, to_dtype, quantize.value if quantize else None, to.value)
 
 
 @bench.command()
@@ -177,6 +186,20 @@ def quality(
     print(found.to_json() if json else found.to_markdown())
 
 
+@bench.command()
+def start(
+    model: Model,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Starts after the first.")] = 3,
+    json: Json = False,
+) -> None:
+    """Time a first start and those after it, and say on what the time goes."""
+    from bench.start import run
+
+    report = run(model, overrides or [], repeats)
+    print(report.to_json() if json else report.to_markdown())
+
+
 @app.command()
 def mesh(
     path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A TOML file, or several.")],
@@ -208,13 +231,29 @@ def mesh(
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Option(help="Check that this file's mesh fits.")] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Say whether this fits, and what would, in bytes."),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --fit: of configs/hardware, there or not."),
+    ] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Show devices, versions and memory, what is wrong, and what to do. Exits 1 if something is."""
-    from serve.commands import doctor as command
+    if fit is not None:
+        from serve.commands.fit import run
 
-    if not command.run(config, overrides or [], as_json=json):
+        is_well = run(fit, overrides or [], hardware, as_json=json)
+    elif hardware is not None:
+        raise typer.BadParameter("--hardware goes with --fit CONFIG")
+    else:
+        from serve.commands import doctor as command
+
+        is_well = command.run(config, overrides or [], as_json=json)
+    if not is_well:
         raise typer.Exit(1)
 
 

@@ -116,6 +116,7 @@ class KernelsSection(Section):
     prefill_attention: Kernel = "auto"
     rotate_and_write: Kernel = "auto"
     small_matmul: Kernel = "auto"
+    experts: Kernel = "auto"
 
 
 class ListenSection(Section):

@@ -48,7 +48,8 @@ LIMITS = Limits(
     max_batch=64, token_budget=2048, chunk=512, max_steps=8, max_queue=1, max_context=8192
 )
 CACHE = CacheShape(num_pages=8192, page_size=64, dtype=jnp.bfloat16)
-MODELS = ("llama-3.1-8b", "qwen3-0.6b")
+MODELS = ("llama-3.1-8b", "llama-3.1-8b int8", "llama-3.1-8b fp8", "qwen3-0.6b")
+"""Files in configs/models, some with their weights quantized."""
 MESHES = {
     str(shape): shape for shape in (MeshShape(), MeshShape(tensor=8), MeshShape(stage=2, tensor=4))
 }
@@ -60,14 +61,17 @@ STEPS = {
     "mixed": StepShape(64, 4, LIMITS.chunk, 1),
 }
 """Decode rows, or prefill rows of 512 tokens, or both."""
-CASES = [
-    (model, mesh, step)
-    for model in MODELS
-    for mesh in MESHES
-    for step in STEPS
-    if mesh == str(MeshShape()) or step not in ("decode 1", "loop 64")
-]
-"""One row and the loop differ from 64 rows in what one device shows: that is two minutes less."""
+
+
+def _is_checked(model: str, mesh: str, step: str) -> bool:
+    if " " in model:
+        return mesh == str(MeshShape()) and step in ("decode 1", "decode 64", "prefill")
+    return mesh == str(MeshShape()) or step not in ("decode 1", "loop 64")
+
+
+CASES = [case for case in product(MODELS, MESHES, STEPS) if _is_checked(*case)]
+"""One row and the loop differ from 64 rows in what one device shows, and quantized weights from
+others in products alone: that is minutes less."""
 
 FEW, MORE = 2, 4
 """Layers of a stage in the two programs that are compiled for each case. What one more layer costs
@@ -76,7 +80,7 @@ is half their difference; the rest is outside of layers. All layers are alike.""
 LARGE = 64 * 2**10
 """Bytes from which a copy or slice counts. A step's packed metadata is smaller."""
 
-TABLE = "{:13} {:17} {:10} {:>9} {:>11} {:>9} {:>9} {:>6} {:>9}   {}"
+TABLE = "{:18} {:17} {:10} {:>9} {:>11} {:>9} {:>9} {:>6} {:>9}   {}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +153,9 @@ def compile_case(case: Case, layers: int) -> Program:
     shape, step_shape = MESHES[mesh], STEPS[step]
     if 0 < step_shape.num_decode < shape.stage:
         step_shape = replace(step_shape, num_decode=shape.stage)  # a row for each micro-batch
-    partition = Partition(load_model(model, layers * shape.stage), shape.stage, shape.tensor)
+    name, _, quantization = model.partition(" ")
+    config = replace(load_model(name, layers * shape.stage), quantization=quantization or None)
+    partition = Partition(config, shape.stage, shape.tensor)
     table_width = LIMITS.max_context // CACHE.page_size
     programs = Programs(partition, described_mesh(shape), CACHE, LIMITS, table_width, jnp.bfloat16)
     compiled = compile_described(

@@ -3,12 +3,17 @@
 It does not know devices: `sharding` asks a TensorSource for the regions that each one holds.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from model.checkpoint import hugging_face, manifest
 from model.checkpoint.hugging_face import HuggingFaceSource
 from model.checkpoint.source import CheckpointError, Index, TensorSource, TensorSpec
+from model.config import ModelConfig
 from model.families import ignorable, read_model_config, weights
+from model.weights import QUANTIZED_DTYPES, quantized, shapes
 
 __all__ = ["CheckpointError", "Index", "TensorSource", "TensorSpec", "open_checkpoint"]
 
@@ -31,11 +36,15 @@ def open_checkpoint(
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json, which says what its weights are")
     config = read_model_config(directory)
-    expected = weights(config)
     if not converted:
+        if config.quantization:
+            raise CheckpointError(
+                f"{directory / 'config.json'} says that its weights are quantized by Weft, and "
+                f"there is no {manifest.NAME}; convert the original checkpoint again"
+            )
         return HuggingFaceSource(
             directory,
-            expected,
+            weights(config),
             ignorable=lambda name: ignorable(name, config),
             cache_bytes=cache_bytes,
         )
@@ -43,16 +52,31 @@ def open_checkpoint(
     from model.checkpoint.orbax_store import OrbaxSource
 
     source = OrbaxSource(directory)
-    shapes = {name: spec.shape for name, spec in source.specs.items()}
-    for weight in expected:
-        if shapes.pop(weight.name, None) != weight.shape:
-            raise CheckpointError(
-                f"{directory / manifest.NAME} has no {weight.name} of shape {list(weight.shape)}, "
-                "which config.json asks for; restore the config.json it was converted with"
-            )
-    if shapes:
-        raise CheckpointError(
-            f"{directory / manifest.NAME} lists {next(iter(shapes))}, of which config.json says "
-            "nothing; restore the config.json it was converted with"
-        )
+    _check(directory / manifest.NAME, source.specs, config)
     return source
+
+
+def _check(file: Path, specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
+    """That the tensors `file` lists are those of the model."""
+    remedy = "restore the config.json it was converted with, or convert again"
+    expected = shapes(config)
+    for name, shape in expected.items():
+        if name not in specs or specs[name].shape != shape:
+            raise CheckpointError(
+                f"{file} has no {name} of shape {list(shape)}, which config.json asks for; {remedy}"
+            )
+    for name in specs:
+        if name not in expected:
+            raise CheckpointError(
+                f"{file} lists {name}, of which config.json says nothing; {remedy}"
+            )
+    if config.quantization is None:
+        return
+    for name in quantized(config):
+        stored = {name: QUANTIZED_DTYPES[config.quantization], f"{name}_scale": np.dtype("float32")}
+        for tensor, dtype in stored.items():
+            if specs[tensor].dtype != dtype:
+                raise CheckpointError(
+                    f"{file} has {tensor} as {specs[tensor].dtype}, and quantization to "
+                    f"{config.quantization} asks for {dtype}; {remedy}"
+                )

@@ -6,7 +6,7 @@ It does not know the command line that asks for it or how progress is shown.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,19 @@ from model.checkpoint.cast import DTYPES, cast, target_dtype
 from model.checkpoint.contiguous import contiguous
 from model.checkpoint.hugging_face import HuggingFaceWriter, tensor_shapes
 from model.checkpoint.manifest import Manifest, TensorRecord
+from model.checkpoint.quantize import quantize
 from model.checkpoint.source import Block, CheckpointError, TensorSource, TensorSpec
 from model.checkpoint.staging import staged
-from model.families import read_model_config, weights
-from model.weights import Weight, stays_float32
+from model.config import ModelConfig, Quantization
+from model.families import declare_quantization, read_model_config, weights
+from model.weights import (
+    QUANTIZED_DTYPES,
+    Weight,
+    quantized,
+    scale_shape,
+    stays_float32,
+    summed_axes,
+)
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the tensor at hand; every byte is counted twice, once
@@ -38,6 +47,7 @@ def convert(
     destination: Path | str,
     *,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
     to: Literal["orbax", "hf"] = "orbax",
     progress: Progress = lambda done, total, name: None,
 ) -> None:
@@ -45,7 +55,8 @@ def convert(
 
     Holds at most two of the largest weight in memory beside the program itself. The result was read
     back and compared, and is on disk, before it appears under its name. `dtype` (float32, bfloat16,
-    float16) changes the weights of floating type and what config.json says of them.
+    float16) changes the weights of floating type and what config.json says of them; `quantization`
+    those of products, which `model/weights.py` lists.
     Raises CheckpointError, or what else went wrong, having left nothing at `destination`.
     """
     source, destination = Path(source), Path(destination)
@@ -53,9 +64,20 @@ def convert(
         raise CheckpointError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     if to not in ("orbax", "hf"):
         raise CheckpointError(f"cannot convert to {to!r}; it can be orbax or hf")
+    if quantization is not None and quantization not in QUANTIZED_DTYPES:
+        raise CheckpointError(
+            f"cannot quantize to {quantization!r}; it can be {' or '.join(QUANTIZED_DTYPES)}"
+        )
+    if quantization and to == "hf":
+        raise CheckpointError("quantized weights are written to orbax only; leave out --to hf")
     tensors = open_checkpoint(source, cache_bytes=0)
     config = read_model_config(source)
-    stream = _Stream(tensors, weights(config), DTYPES[dtype] if dtype else None, progress)
+    if config.quantization:
+        raise CheckpointError(
+            f"{source} is quantized to {config.quantization} already; convert the checkpoint that "
+            "it was made of"
+        )
+    stream = _Stream(tensors, config, DTYPES[dtype] if dtype else None, quantization, progress)
     beside = _files_beside(source)
     _check_space(destination, stream.num_bytes + sum(path.stat().st_size for path in beside))
 
@@ -66,6 +88,8 @@ def convert(
             shutil.copyfile(path, target)
         if dtype is not None:
             _declare_dtype(directory / "config.json", dtype)
+        if quantization is not None:
+            _declare_quantization(directory / "config.json", quantization)
         if to == "orbax":
             _write_orbax(directory, stream)
             records = {
@@ -81,16 +105,17 @@ def convert(
 
 
 class _Stream:
-    """The source's weights block by block, in their new dtype, each hashed on the way."""
+    """The source's weights block by block, in their new form, each hashed on the way."""
 
     def __init__(
         self,
         source: TensorSource,
-        weights: Sequence[Weight],
+        config: ModelConfig,
         dtype: np.dtype | None,
+        quantization: Quantization | None,
         progress: Progress,
     ):
-        self.weights = weights
+        self.weights = weights(config)
         self.specs = {
             weight.name: TensorSpec(
                 weight.shape,
@@ -98,7 +123,16 @@ class _Stream:
                     source.specs[weight.name].dtype, None if stays_float32(weight.name) else dtype
                 ),
             )
-            for weight in weights
+            for weight in self.weights
+        }
+        self._quantization = quantization
+        self._quantized = quantized(config) if quantization else {}
+        for name, shape in self._quantized.items():
+            assert quantization, "nothing is quantized without"
+            self.specs[name] = TensorSpec(shape, QUANTIZED_DTYPES[quantization])
+            self.specs[f"{name}_scale"] = TensorSpec(scale_shape(name, shape), np.dtype(np.float32))
+        self.num_parts = {
+            name: len(weight.parts) for weight in self.weights for name in self.names(weight)
         }
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
         self.digests: dict[str, str] = {}
@@ -110,25 +144,41 @@ class _Stream:
         """Whoever takes a block must drop it before asking for the next, to hold but one."""
         with ThreadPoolExecutor(max_workers=1) as hasher:
             for weight in self.weights:
-                digest = hashlib.sha256()
+                digests = {name: hashlib.sha256() for name in self.names(weight)}
                 for part in range(len(weight.parts)):
-                    array = self._source.read(weight.name, _rows(weight, part))
-                    array = contiguous(cast(array, self.specs[weight.name].dtype, weight.name))
-                    # Hashing lets other threads run: it costs no time beside the writing.
-                    hashing = hasher.submit(digest.update, _bytes(array))
-                    yield Block(weight.name, part, array)
-                    hashing.result()
-                    self.report(array.nbytes, weight.name)
-                    del array, hashing  # as the taker does
-                self.digests[weight.name] = digest.hexdigest()
+                    for name, array in zip(digests, self._made(weight, part), strict=True):
+                        # Hashing lets other threads run: it costs no time beside the writing.
+                        hashing = hasher.submit(digests[name].update, _bytes(array))
+                        yield Block(name, part, array)
+                        hashing.result()
+                        self.report(array.nbytes, name)
+                        del array, hashing  # as the taker does
+                self.digests |= {name: digest.hexdigest() for name, digest in digests.items()}
+
+    def names(self, weight: Weight) -> tuple[str, ...]:
+        """What is made of a weight: itself and, of one that is quantized, its scale."""
+        name = weight.name
+        return (name, f"{name}_scale") if name in self._quantized else (name,)
+
+    def _made(self, weight: Weight, part: int) -> Iterator[np.ndarray]:
+        """One part of each."""
+        name = weight.name
+        array = self._source.read(name, _rows(len(weight.parts), part))
+        if self._quantization is None or name not in self._quantized:
+            yield contiguous(cast(array, self.specs[name].dtype, name))
+            return
+        numbers, scales = quantize(array, summed_axes(name), self._quantization, name)
+        del array  # or it would stay in memory while they are written
+        yield numbers
+        yield scales
 
     def report(self, num_bytes: int, name: str) -> None:
         self._done_bytes += num_bytes
         self._progress(self._done_bytes, 2 * self.num_bytes, name)
 
 
-def _rows(weight: Weight, part: int) -> tuple[slice, ...]:
-    return (slice(part, part + 1),) if len(weight.parts) > 1 else ()
+def _rows(num_parts: int, part: int) -> tuple[slice, ...]:
+    return (slice(part, part + 1),) if num_parts > 1 else ()
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -139,7 +189,8 @@ def _write_orbax(directory: Path, stream: _Stream) -> None:
     from model.checkpoint.orbax_store import WEIGHTS, write_orbax
 
     block_rows = {
-        weight.name: 1 if len(weight.parts) > 1 else weight.shape[0] for weight in stream.weights
+        name: 1 if stream.num_parts[name] > 1 else spec.shape[0]
+        for name, spec in stream.specs.items()
     }
     write_orbax(directory / WEIGHTS, stream.specs, block_rows, stream.blocks())
 
@@ -164,16 +215,16 @@ def _write_hugging_face(directory: Path, stream: _Stream) -> None:
 
 def _verify(directory: Path, stream: _Stream) -> None:
     written = open_checkpoint(directory, cache_bytes=0)
-    for weight in stream.weights:
+    for name, num_parts in stream.num_parts.items():
         digest = hashlib.sha256()
-        for part in range(len(weight.parts)):
-            block = contiguous(written.read(weight.name, _rows(weight, part)))
+        for part in range(num_parts):
+            block = contiguous(written.read(name, _rows(num_parts, part)))
             digest.update(_bytes(block))
-            stream.report(block.nbytes, weight.name)
+            stream.report(block.nbytes, name)
             del block
-        if digest.hexdigest() != stream.digests[weight.name]:
+        if digest.hexdigest() != stream.digests[name]:
             raise CheckpointError(
-                f"{weight.name} reads back from {directory} other than it was written: a fault of "
+                f"{name} reads back from {directory} other than it was written: a fault of "
                 "Weft, or of this machine's memory or disk; convert again and report it if it stays"
             )
 
@@ -202,6 +253,12 @@ def _check_space(destination: Path, num_bytes: int) -> None:
             f"{destination} needs {needed:,} bytes, {parent} has {free:,} free; make room for "
             f"{needed - free:,} more or choose another disk"
         )
+
+
+def _declare_quantization(path: Path, quantization: Quantization) -> None:
+    config = json.loads(path.read_text())
+    config["quantization_config"] = declare_quantization(quantization)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _declare_dtype(path: Path, dtype: str) -> None:

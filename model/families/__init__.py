@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Quantization
 from model.families import deepseek
 from model.families.decoder import DEFAULTS, Family, token_ids
 from model.families.gemma import GEMMA2, GEMMA3
@@ -24,11 +24,12 @@ from model.families.phi import PHI3
 from model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from model.families.tensors import weights_from
 from model.families.unread import INERT, OFF
-from model.weights import Weight
+from model.weights import QUANTIZED_DTYPES, Weight
 
 __all__ = [
     "FAMILIES",
     "UnsupportedModel",
+    "declare_quantization",
     "ignorable",
     "read_config",
     "read_model_config",
@@ -54,6 +55,10 @@ FAMILIES = {
 }
 
 
+OUR_METHOD = "weft"
+"""quant_method in the config.json of what we quantized."""
+
+
 def read_model_config(directory: Path) -> ModelConfig:
     """The model in `directory`, whose generation_config.json, if any, says how generation ends."""
     config = read_config(_read_json(directory / "config.json"))
@@ -75,16 +80,23 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """
     family = _family(config)
     keys = Keys(family.architecture, config, {**DEFAULTS, **family.defaults})
-    if keys.any("quantization_config"):
-        raise keys.refusal("quantization_config", "null; use a checkpoint of unquantised weights")
-    model = family.read(keys)
+    quantization = _quantization(keys)
+    model = replace(family.read(keys), quantization=quantization)
     keys.finish(INERT, OFF)
     return model
 
 
+def declare_quantization(quantization: Quantization) -> Mapping[str, str]:
+    """What `weft convert --quantize` writes into config.json, as its quantization_config."""
+    return {"quant_method": OUR_METHOD, "weights": quantization}
+
+
 def weights(config: ModelConfig) -> list[Weight]:
-    """Every weight of the model, in the order in which a forward pass meets them."""
-    return weights_from(config, FAMILIES[config.architecture].tensors)
+    """Every weight of the model, in the order in which a forward pass meets them.
+
+    Of a quantized model, those that it was made of: no family has scales.
+    """
+    return weights_from(replace(config, quantization=None), FAMILIES[config.architecture].tensors)
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:
@@ -92,6 +104,19 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     tied_head = config.tie_embeddings and name == "lm_head.weight"
     inv_freq = name.endswith(".rotary_emb.inv_freq")
     return tied_head or inv_freq or deepseek.predicts_further_tokens(name, config)
+
+
+def _quantization(keys: Keys) -> Quantization | None:
+    found = keys.any("quantization_config")
+    if not found:
+        return None
+    for quantization in QUANTIZED_DTYPES:
+        if found == declare_quantization(quantization):
+            return quantization
+    raise keys.refusal(
+        "quantization_config",
+        "null, and what weft convert --quantize writes; use a checkpoint of unquantised weights",
+    )
 
 
 def _family(config: Mapping[str, Any]) -> Family:

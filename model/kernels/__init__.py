@@ -4,23 +4,28 @@ It does not know layers or requests. `model/kernel_choice.py` says which kernel 
 that does not cover a shape leaves it to the reference, which covers all.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from model.kernel_choice import Kernels, note_fallback
 from model.kernels import (
     cpu_attention,
+    cpu_experts,
     cpu_matmul,
     pallas_attention,
+    pallas_experts,
     pallas_matmul,
     pallas_rotate,
     xla_attention,
+    xla_experts,
     xla_matmul,
     xla_rotate,
 )
 from model.kernels.xla_matmul import Activate
-from model.linear import Norm
+from model.linear import Matrix, Norm
 from model.pages import Pages
 
 INTERPRET = {"pallas": False, "pallas_interpreted": True}
@@ -78,7 +83,7 @@ def rotate_and_write(
 def fused_matmul(
     kernels: Kernels,
     x_ND: Float[Array, "N D"],
-    weight_DPF: Float[Array, "D P F"],
+    weight_DPF: Matrix,
     *,
     norm: Norm | None = None,
     activate: Activate | None = None,
@@ -94,3 +99,39 @@ def fused_matmul(
     elif kernel == "cpu":
         multiply = cpu_matmul.fused_matmul
     return multiply(x_ND, weight_DPF, norm=norm, activate=activate, residual_NF=residual_NF)
+
+
+def keeps_experts_apart(kernels: Kernels, num_experts: int) -> bool:
+    """Whether `experts` takes the weights of so many in sequences, as `cpu_experts.panels`."""
+    return kernels.experts == "cpu" and num_experts <= cpu_experts.MOST_APART
+
+
+def experts(
+    kernels: Kernels,
+    x_ND: Float[Array, "N D"],
+    routed_EN: Float[Array, "E N"],
+    gate_up: Matrix | Sequence[Matrix],
+    down: Matrix | Sequence[Matrix],
+    *,
+    top_k: int,
+    activate: Activate,
+    gate_up_bias_E2F: Float[Array, "E 2 F"] | None = None,
+    down_bias_ED: Float[Array, "E D"] | None = None,
+) -> Float[Array, "N D"]:
+    """`xla_experts.experts` by the kernel chosen; of a token, `top_k` weights at most aren't 0."""
+    kernel, compute = kernels.experts, xla_experts.experts
+    around: dict[str, Any] = {
+        "activate": activate,
+        "gate_up_bias_E2F": gate_up_bias_E2F,
+        "down_bias_ED": down_bias_ED,
+    }
+    if kernel == "cpu":
+        return cpu_experts.experts(x_ND, routed_EN, gate_up, down, top_k=top_k, **around)
+    assert isinstance(gate_up, Matrix), "only the kernel cpu takes experts apart"
+    assert isinstance(down, Matrix), "only the kernel cpu takes experts apart"
+    if kernel in INTERPRET:
+        if reason := pallas_experts.uncovered(gate_up, down):
+            note_fallback("experts", kernel, reason)
+        else:
+            compute = partial(pallas_experts.experts, top_k=top_k, interpret=INTERPRET[kernel])
+    return compute(x_ND, routed_EN, gate_up, down, **around)

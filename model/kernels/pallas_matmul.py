@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from model.kernels.tiles import LEAST_TILE, NUM_CORES, dot, load, power_of_two
 from model.kernels.xla_matmul import Activate
-from model.linear import Norm
+from model.linear import Matrix, Norm
 
 MOST_ROWS = 64
 """Beyond, a product takes longer to compute than its weight to read, and cuBLAS is better at it."""
@@ -33,7 +33,7 @@ def uncovered(x_ND: jax.Array) -> str:
 
 def fused_matmul(
     x_ND: Float[Array, "N D"],
-    weight_DPF: Float[Array, "D P F"],
+    weight_DPF: Matrix,
     *,
     norm: Norm | None = None,
     activate: Activate | None = None,
@@ -45,15 +45,17 @@ def fused_matmul(
     As `model/kernels/xla_matmul.py`'s, where `uncovered` is empty. The norm's factor on a row is
     taken after the product: so x is rounded once, after the norm's weight, and sums are not.
     """
-    N, (_, parts, F) = len(x_ND), weight_DPF.shape
+    N, (_, parts, F) = len(x_ND), weight_DPF.numbers.shape
     assert parts == (2 if activate else 1), "an activation takes two products"
     columns = next((c for c in (64, 32) if F // c >= NUM_CORES), 16)
-    operands = [x_ND, weight_DPF, *([norm.weight] if norm else [])]
-    operands += [] if residual_NF is None else [residual_NF]
+    operands = [x_ND, weight_DPF.numbers]
+    optional = (weight_DPF.scale, norm.weight if norm else None, residual_NF)
+    operands += [operand for operand in optional if operand is not None]
     return pl.pallas_call(
         partial(
             _kernel,
             columns=columns,
+            is_quantized=weight_DPF.scale is not None,
             norm=(norm.eps, norm.offset) if norm else None,
             activate=activate,
             has_residual=residual_NF is not None,
@@ -71,11 +73,13 @@ def _kernel(
     weight_ref,
     *refs,
     columns: int,
+    is_quantized: bool,
     norm: tuple[float, float] | None,
     activate: Activate | None,
     has_residual: bool,
 ):
     refs = list(refs)
+    scale_ref = refs.pop(0) if is_quantized else None
     norm_ref = refs.pop(0) if norm else None
     residual_ref = refs.pop(0) if has_residual else None
     (out_ref,) = refs
@@ -109,6 +113,12 @@ def _kernel(
     squares_X, *sums_XF = lax.fori_loop(
         0, D // DEPTH, visit, (jnp.zeros((rows,), jnp.float32), *zeros_XF)
     )
+    if scale_ref is not None:
+        in_weight = None if is_column is None else column_F < F
+        sums_XF = [
+            sum_XF * load(scale_ref, (part, column_F), in_weight)[None, :]
+            for part, sum_XF in enumerate(sums_XF)
+        ]
     if norm:
         scale_X = lax.rsqrt(squares_X / D + norm[0])
         sums_XF = [sum_XF * scale_X[:, None] for sum_XF in sums_XF]

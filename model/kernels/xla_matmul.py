@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from model.linear import Norm, matmul, rms_norm
+from model.linear import Matrix, Norm, multiply, rms_norm
 
 Activate = Callable[[jax.Array, jax.Array], jax.Array]
 """Of gate and up in float32."""
@@ -16,22 +16,26 @@ Activate = Callable[[jax.Array, jax.Array], jax.Array]
 
 def fused_matmul(
     x_ND: Float[Array, "N D"],
-    weight_DPF: Float[Array, "D P F"],
+    weight_DPF: Matrix,
     *,
     norm: Norm | None = None,
     activate: Activate | None = None,
     residual_NF: Float[Array, "N F"] | None = None,
+    product: Callable[[jax.Array, Matrix], jax.Array] = multiply,
 ) -> Float[Array, "N F"]:
     """norm(x) @ weight, then `activate` of the P products, or their sum with `residual_NF`.
 
-    P is 1, or 2 with `activate`. Each step's result is rounded to x's dtype.
+    The weight is [D, P, F], its scale [P, F]; P is 1, or 2 with `activate`. Each step's result is
+    rounded to x's dtype.
     """
     N = x_ND.shape[0]
-    D, parts, F = weight_DPF.shape
+    D, parts, F = weight_DPF.numbers.shape
     assert parts == (2 if activate else 1), "an activation takes two products"
     if norm is not None:
         x_ND = rms_norm(x_ND, norm)
-    out_NPF = matmul(x_ND, weight_DPF.reshape(D, parts * F)).reshape(N, parts, F)
+    scale = None if weight_DPF.scale is None else weight_DPF.scale.reshape(-1)
+    flat = Matrix(weight_DPF.numbers.reshape(D, parts * F), scale)
+    out_NPF = product(x_ND, flat).reshape(N, parts, F)
     if activate:
         gate_NF, up_NF = (out_NPF[:, part].astype("float32") for part in range(2))
         return activate(gate_NF, up_NF).astype(x_ND.dtype)

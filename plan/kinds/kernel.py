@@ -43,6 +43,8 @@ class Kernel:
     chunk: int = 512
     weight: Literal["", "qkv", "out", "gate_up", "down"] = ""
     """Which of a layer's products, with what stands around it there."""
+    weight_dtype: Literal["auto", "int8", "float8_e4m3fn"] = "auto"
+    """Of that product's weight; auto is `dtype`."""
     window: int = 0
     """Tokens that a query sees, itself included; 0: all."""
     softcap: float = 0.0
@@ -75,6 +77,11 @@ class Kernel:
             raise ValueError(
                 f"weight is {self.weight!r} with {self.operation}; small_matmul needs one of qkv, "
                 "out, gate_up and down, and nothing else takes one"
+            )
+        if self.weight_dtype != "auto" and not self.weight:
+            raise ValueError(
+                f"weight_dtype is {self.weight_dtype} with {self.operation}; only small_matmul has "
+                "a weight"
             )
         if self.kernel == "cudnn" and not self._cudnn_can:
             raise ValueError(

@@ -34,6 +34,8 @@ class Serving:
     max_context: int = 2304
     page_size: int = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "int8", "fp8"] = "none"
+    """Of the weights of products."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] = "auto"
     kernels: str = "auto"
     flags: str = ""

@@ -38,6 +38,8 @@ class Step:
     """Tokens of a loop."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and products; auto is the model's."""
+    quantization: Literal["none", "int8", "fp8"] = "none"
+    """Of the weights of products."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] = "auto"
     """Auto is that of the weights."""
     kernels: str = "auto"

@@ -11,10 +11,10 @@ import pytest
 
 from model.attention import NO_WINDOW
 from model.config import Layer, Rope
-from model.weights import shapes
+from model.weights import QUANTIZED_DTYPES, shapes
 from plan import figures, fill, steps
 from plan.devices import Devices, environment, inherited_flags, parse_devices
-from plan.hardware import RowWork
+from plan.hardware import Precision, RowWork, step_work
 from plan.kinds.step import Step
 from plan.models import load_model
 from plan.timing import WARM_UP, time_calls
@@ -145,12 +145,36 @@ def test_no_row_ever_ends_so_that_every_call_is_the_same_work():
 def test_random_weights_have_the_windows_of_the_model(monkeypatch):
     rope = Rope(10_000.0)
     model = replace(load_model("tiny"), layers=(Layer(rope, 12), Layer(rope), Layer(rope, 5)))
-    monkeypatch.setattr(steps, "load_model", lambda name: model)
+    monkeypatch.setattr(steps, "load_model", lambda name, quantization: model)
     programs = built(mesh="stage=2").programs
     _, weights = programs.abstract_weights()
     filled = jax.tree.unflatten(jax.tree.structure(weights), fill.random_weights(programs))
     windows = [layer["attention"]["window"][...] for layer in filled["layers"].values()]
     assert np.array(windows).T.tolist() == [[12, NO_WINDOW], [5, 12]]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantized_weights_are_counted_and_filled_as_they_are_stored(quantization):
+    programs = built(quantization=quantization).programs
+    _, weights = programs.abstract_weights()
+    filled = jax.tree.unflatten(jax.tree.structure(weights), fill.random_weights(programs))
+    numbers = filled["layers"][0]["mlp"]["down"][...]
+    assert numbers.dtype == QUANTIZED_DTYPES[quantization]
+    assert len(np.unique(np.asarray(numbers, np.float32))) > 50
+    layers = jax.tree.leaves(filled["layers"])
+    plain = step_work(load_model("tiny"), [RowWork(1, 8)], Precision("float32"))
+    found = step_work(
+        load_model("tiny", quantization=quantization), [RowWork(1, 8)], Precision("float32")
+    )
+    assert found.weight_flops == plain.weight_flops
+    saved = sum(3 * x.size for x in layers if x.dtype == QUANTIZED_DTYPES[quantization])
+    scales = sum(x.nbytes for x in jax.tree.leaves(_scales(filled["layers"])))
+    assert plain.weight_bytes - found.weight_bytes == saved - scales
+
+
+def _scales(layers) -> list[jax.Array]:
+    leaves = jax.tree_util.tree_flatten_with_path(layers)[0]
+    return [leaf for path, leaf in leaves if "_scale" in jax.tree_util.keystr(path)]
 
 
 def test_the_middle_half_of_timed_calls_is_told_and_the_first_calls_are_not_timed():

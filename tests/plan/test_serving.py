@@ -31,7 +31,7 @@ TINY = Serving(
 @pytest.fixture(autouse=True)
 def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As good as eight, and compiled in less time."""
-    monkeypatch.setattr(module, "load_model", lambda name: load_model(name, 2))
+    monkeypatch.setattr(module, "load_model", lambda name, **rest: load_model(name, 2, **rest))
 
 
 def test_programs_are_the_servers_but_for_smaller_batches() -> None:

@@ -121,7 +121,7 @@ def test_a_step_in_which_nothing_repeats_is_listed_whole():
 
 def test_a_line_of_the_table_shows_what_is_budgeted():
     line = row(CASE, COST)
-    assert line.startswith("llama-3.1-8b  tensor=8          decode 64        4+1         6+1")
+    assert line.startswith("llama-3.1-8b       tensor=8          decode 64        4+1         6+1")
     assert line.endswith("   1 all-reduce of 1.0 kB; 1 all-reduce of 0.1 kB")
     assert line.split()[6:13] == ["0.4", "MB", "0.1", "MB", "1", "4.0", "kB"]
 

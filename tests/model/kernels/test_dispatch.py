@@ -19,6 +19,7 @@ from model.kernels import (
     xla_matmul,
     xla_rotate,
 )
+from model.linear import Matrix
 from model.pages import Pages, empty_pages
 from plan.kernel_choice import asked_kernels
 
@@ -82,7 +83,7 @@ def rotate(asked: Kernels, group: int = 2) -> None:
 
 
 def multiply(asked: Kernels, rows: int = 2, depth: int = 256) -> None:
-    kernels.fused_matmul(asked, jnp.ones((rows, depth)), jnp.ones((depth, 1, depth)))
+    kernels.fused_matmul(asked, jnp.ones((rows, depth)), Matrix(jnp.ones((depth, 1, depth))))
 
 
 @pytest.mark.parametrize(
