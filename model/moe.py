@@ -1,7 +1,7 @@
-"""The mixture-of-experts block: a router, each device's experts over all tokens, shared experts.
+"""The mixture-of-experts block: a router, each device's experts over their tokens, shared experts.
 
-This is the plain path: every expert sees every token, weighted by zero where it wasn't chosen. It
-does not know how experts were dealt to devices beyond their order.
+It does not know how experts were dealt to devices beyond their order, or how theirs are computed
+(`model/kernels`).
 """
 
 import jax
@@ -11,9 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from model.config import Experts, ModelConfig
-from model.linear import Matrix, Norm, matmul, multiply, rms_norm
-from model.matrix import add_matrix, matrix
-from model.mlp import activate
+from model.kernel_choice import Kernels
+from model.kernels import experts, fused_matmul
+from model.linear import Norm, matmul, rms_norm
+from model.matrix import add_matrices, add_matrix, matrices, matrix, num_matrices
+from model.mlp import activation
 from sharding.collectives import sum_over_tensor, tensor_index
 
 ALL_ZERO = 1e-20
@@ -52,14 +54,17 @@ def _in_best_groups(ranked_NE: jax.Array, experts: Experts) -> jax.Array:
 class Moe(nnx.Module):
     """`config.experts` counts pieces: a mesh wider than the experts splits each by its width."""
 
-    def __init__(self, config: ModelConfig, num_routed: int, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, num_routed: int, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
         experts = config.experts
         assert experts is not None, "a layer of experts in a configuration without experts"
         D, E, F = config.hidden_size, experts.num_experts, experts.size
         self.config = config
+        self.kernels = kernels
         self.router = nnx.Param(jnp.zeros((D, num_routed), dtype))
-        add_matrix(self, "moe.gate_up", (E, D, 2, F), config, dtype)
-        add_matrix(self, "moe.down", (E, F, D), config, dtype)
+        add_matrices(self, "moe.gate_up", (E, D, 2, F), config, dtype, kernels)
+        add_matrices(self, "moe.down", (E, F, D), config, dtype, kernels)
         if experts.bias:
             self.router_bias = nnx.Param(jnp.zeros((num_routed,), dtype))
             self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype))
@@ -68,8 +73,8 @@ class Moe(nnx.Module):
             self.selection_bias = nnx.Param(jnp.zeros((num_routed,), jnp.float32))
         if experts.shared_size:
             shared = experts.shared_size
-            add_matrix(self, "moe.shared_gate_up", (D, 2, shared), config, dtype)
-            add_matrix(self, "moe.shared_down", (shared, D), config, dtype)
+            add_matrix(self, "moe.shared_gate_up", (D, 2, shared), config, dtype, kernels)
+            add_matrix(self, "moe.shared_down", (shared, D), config, dtype, kernels)
 
     def __call__(
         self,
@@ -82,50 +87,38 @@ class Moe(nnx.Module):
         return out_ND if residual_ND is None else residual_ND + out_ND
 
     def _compute(self, x_ND: jax.Array) -> jax.Array:
-        experts = self.config.experts
-        assert experts is not None, "a layer of experts in a configuration without experts"
+        config = self.config.experts
+        assert config is not None, "a layer of experts in a configuration without experts"
         # In float32, since the last bit may decide between two experts.
         x32_ND, router_DE = x_ND.astype(jnp.float32), self.router[...].astype(jnp.float32)
         logits_NE = matmul(x32_ND, router_DE)
-        gate_up, down = matrix(self, "gate_up"), matrix(self, "down")
-        weights = [gate_up.numbers, down.numbers, gate_up.scale, down.scale]
-        if experts.bias:
+        if config.bias:
             logits_NE = logits_NE + self.router_bias[...]
-            weights += [self.gate_up_bias[...], self.down_bias[...]]
-        selection_bias_E = self.selection_bias[...] if experts.selection_bias else None
-        routed_NE = route(logits_NE, experts, selection_bias_E)
-        routed_EN = self._local(routed_NE, experts.num_experts)
-
-        def add_expert(sum_ND: jax.Array, expert: tuple[jax.Array, list[jax.Array | None]]):
-            routed_N, (gate_up_D2F, down_FD, scale_2F, scale_D, *bias) = expert
-            hidden_N2F = _gate_up(x_ND, Matrix(gate_up_D2F, scale_2F))
-            if bias:
-                hidden_N2F = hidden_N2F + bias[0]
-            out_ND = multiply(activate(hidden_N2F, self.config), Matrix(down_FD, scale_D))
-            if bias:
-                out_ND = out_ND + bias[1]
-            return sum_ND + routed_N[:, None] * out_ND.astype(jnp.float32), None
-
-        start_ND = jnp.zeros(x_ND.shape, jnp.float32)
-        if experts.shared_size:
-            start_ND = self._shared(x_ND).astype(jnp.float32)
-        sum_ND, _ = lax.scan(add_expert, start_ND, (routed_EN, weights))
+        selection_bias_E = self.selection_bias[...] if config.selection_bias else None
+        routed_NE = route(logits_NE, config, selection_bias_E)
+        sum_ND = experts(
+            self.kernels,
+            x_ND,
+            self._local(routed_NE, config.num_experts),
+            matrices(self, "gate_up"),
+            matrices(self, "down"),
+            top_k=config.top_k,
+            activate=activation(self.config),
+            gate_up_bias_E2F=self.gate_up_bias[...] if config.bias else None,
+            down_bias_ED=self.down_bias[...] if config.bias else None,
+        )
+        if config.shared_size:
+            sum_ND = sum_ND + self._shared(x_ND).astype(jnp.float32)
         return sum_over_tensor(sum_ND).astype(x_ND.dtype)
 
     def _shared(self, x_ND: jax.Array) -> jax.Array:
         """This device's part of what every token passes."""
-        hidden_N2F = _gate_up(x_ND, matrix(self, "shared_gate_up"))
-        return multiply(activate(hidden_N2F, self.config), matrix(self, "shared_down"))
+        gate_up, down = matrix(self, "shared_gate_up"), matrix(self, "shared_down")
+        hidden_NF = fused_matmul(self.kernels, x_ND, gate_up, activate=activation(self.config))
+        return fused_matmul(self.kernels, hidden_NF, down.as_product())
 
     def _local(self, routed_NE: jax.Array, num_pieces: int) -> jax.Array:
         """The rows [E, N] of this device's experts, or pieces of experts."""
-        num_local = self.gate_up.shape[0]
+        num_local = num_matrices(self, "gate_up")
         routed_NE = jnp.repeat(routed_NE, num_pieces // routed_NE.shape[1], axis=1)
         return lax.dynamic_slice_in_dim(routed_NE, tensor_index() * num_local, num_local, 1).T
-
-
-def _gate_up(x_ND: jax.Array, weight: Matrix) -> jax.Array:
-    """[N, 2, F], by a weight [D, 2, F]."""
-    D, parts, F = weight.numbers.shape
-    scale = None if weight.scale is None else weight.scale.reshape(-1)
-    return multiply(x_ND, Matrix(weight.numbers.reshape(D, parts * F), scale)).reshape(-1, parts, F)

@@ -6,6 +6,7 @@ would be left without a layer get one of zeros, which is the identity. It does n
 (`model/checkpoint`) or which mesh is wise.
 """
 
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,12 @@ from jax.sharding import Mesh, NamedSharding
 from model.attention import NO_WINDOW
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.host_memory import Budget, aligned_as
 from model.kernel_choice import XLA, Kernels
+from model.kernels.cpu_experts import MOST_APART
+from model.panels import to_panels
 from model.rope import inverse_frequencies
+from model.weights import shapes
 from sharding.mesh import STAGE, TENSOR, MeshError, MeshShape
 from sharding.rules import weight_spec
 
@@ -53,6 +58,10 @@ class Partition:
             )
 
     @property
+    def num_devices(self) -> int:
+        return self.stages * self.tensor
+
+    @property
     def kv_repeat(self) -> int:
         return max(1, self.tensor // self.config.num_kv_heads)
 
@@ -67,7 +76,7 @@ class Partition:
 
     @property
     def padded_vocab(self) -> int:
-        shards = self.stages * self.tensor
+        shards = self.num_devices
         return -(-self.config.vocab_size // shards) * shards
 
     @property
@@ -82,8 +91,23 @@ class Partition:
         heads = self.config.num_kv_heads * self.kv_repeat
         return replace(self.config, num_kv_heads=heads, experts=experts)
 
+    def suited(self, kernels: Kernels) -> Kernels:
+        """`kernels` with those that read weights in a form of their own, where that can be.
+
+        It is one device's: of several, who would have to cut it, the processor is one, too.
+        """
+        if self.num_devices > 1:
+            return kernels
+        experts = self.config.experts
+        if kernels.small_matmul == "cpu":
+            kernels = replace(kernels, small_matmul="cpu_panels")
+        if kernels.experts == "cpu" and experts and experts.num_experts <= MOST_APART:
+            kernels = replace(kernels, experts="cpu_apart")
+        return kernels
+
     def decoder(self, dtype: jnp.dtype, kernels: Kernels) -> Decoder:
         """The module of one stage (under `nnx.eval_shape`: its weights are zeros)."""
+        kernels = self.suited(kernels)
         layers = self.config.layers[: self.layers_per_stage]
         num_routed = self.config.experts.num_experts if self.config.experts else 0
         return Decoder(self.fitted, layers, self.padded_vocab, num_routed, dtype, kernels)
@@ -134,10 +158,7 @@ def fitting_meshes(config: ModelConfig, num_devices: int) -> list[MeshShape]:
 def abstract_weights(
     partition: Partition, dtype: jnp.dtype, kernels: Kernels = XLA
 ) -> tuple[Any, Any]:
-    """The decoder's graph, and its weights as shapes: layers stacked over stages in front.
-
-    `kernels` are the graph's; the weights are the same for all.
-    """
+    """The decoder's graph, and its weights as shapes: layers stacked over stages in front."""
     graph, state = nnx.split(nnx.eval_shape(lambda: partition.decoder(dtype, kernels)))
 
     def stack(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -152,42 +173,103 @@ def weight_specs(weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: weight_spec(_name(path)), weights)
 
 
+LOADERS = 8
+"""Shards read at once, memory allowing: small ones are all latency."""
+
+
 def load_weights(
     partition: Partition,
     source: Source,
     mesh: Mesh,
     dtype: jnp.dtype,
     progress: Callable[[str, int], None] = lambda name, num_bytes: None,
+    kernels: Kernels = XLA,
 ) -> Any:
-    """The decoder's weights on `mesh`; each shard is read straight for its device.
+    """The decoder's weights on `mesh`; each shard is read straight for its devices.
 
-    `progress` is called with a weight's name and its bytes, all shards together.
+    What is on its way takes no more of the host's memory than a shard of the largest weight for
+    each device. `progress` is called with a weight's name and its bytes, all shards together.
     """
     assert dict(mesh.shape) == {STAGE: partition.stages, TENSOR: partition.tensor}
-    _, abstract = abstract_weights(partition, dtype)
-
-    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = _name(path)
-        sharding = NamedSharding(mesh, weight_spec(name))
-
-        def read(index: Region | None) -> np.ndarray:
-            assert index is not None, "every device holds a region"
-            return _read_shard(partition, source, name, index, leaf.shape).astype(leaf.dtype)
-
-        array = jax.make_array_from_callback(leaf.shape, sharding, read)
-        progress(name, leaf.size * leaf.dtype.itemsize)
-        return array
-
+    _, abstract = abstract_weights(partition, dtype, kernels)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    with ThreadPoolExecutor(4) as pool:
-        weights = list(pool.map(lambda item: load(*item), leaves))
+    leaves = [(_name(path), _expert(path), leaf) for path, leaf in leaves]
+    cuts = [NamedSharding(mesh, weight_spec(name)) for name, _, _ in leaves]
+    shard_bytes = [
+        math.prod(cut.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for cut, (_, _, leaf) in zip(cuts, leaves, strict=True)
+    ]
+    budget = Budget(max(shard_bytes) * mesh.devices.size)
+
+    def load(
+        name: str, expert: int | None, leaf: Any, num_bytes: int, index: Region, holders: Any
+    ) -> list[jax.Array]:
+        with budget.taken(num_bytes):
+            read = _read_leaf(partition, source, name, expert, index, leaf.shape)
+            shard = aligned_as(read, leaf.dtype)
+            return jax.block_until_ready([jax.device_put(shard, device) for device in holders])
+
+    weights: list[jax.Array] = []
+    with ThreadPoolExecutor(LOADERS) as pool:
+        try:
+            loads = [
+                [
+                    pool.submit(load, name, expert, leaf, num_bytes, index, holders)
+                    for index, holders in _holders(cut, leaf.shape).items()
+                ]
+                for (name, expert, leaf), num_bytes, cut in zip(
+                    leaves, shard_bytes, cuts, strict=True
+                )
+            ]
+            for (name, _, leaf), cut, shards in zip(leaves, cuts, loads, strict=True):
+                arrays = [array for shard in shards for array in shard.result()]
+                weights.append(jax.make_array_from_single_device_arrays(leaf.shape, cut, arrays))
+                progress(name, leaf.size * leaf.dtype.itemsize)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return jax.tree.unflatten(tree, weights)
+
+
+def _holders(cut: NamedSharding, shape: tuple[int, ...]) -> dict[Region, list[Any]]:
+    """By region of an array, the devices that hold it."""
+    found: dict[Region, list[Any]] = {}
+    for device, index in cut.addressable_devices_indices_map(shape).items():
+        assert index is not None, "every device holds a region"
+        found.setdefault(index, []).append(device)
+    return found
 
 
 def _name(path: Any) -> str:
     """A weight's name as in `model/weights.py`, from its place in the module's state."""
     keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return ".".join(str(key) for key in keys if key != "value")
+    return ".".join(str(key) for key in keys if key not in ("value", None))
+
+
+def _expert(path: Any) -> int | None:
+    """Which expert's weight it is, where they are apart."""
+    return getattr(path[-1], "idx", None)
+
+
+def _read_leaf(
+    partition: Partition,
+    source: Source,
+    name: str,
+    expert: int | None,
+    index: Region,
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """One device's part of a weight, in the form that the decoder has it in."""
+    plain = shapes(partition.config).get(name)
+    if plain and name.startswith("layers."):
+        plain = (1, *plain)
+    # Only one device has weights in another form, and it has them whole.
+    if not plain or plain == shape or partition.num_devices > 1:
+        return _read_shard(partition, source, name, index, shape)
+    whole = [slice(0, size) for size in plain]
+    if expert is not None:
+        whole[1] = slice(expert, expert + 1)
+    weight = _read_shard(partition, source, name, tuple(whole), plain)
+    return to_panels(weight, shape[-3:]).reshape(shape)
 
 
 def _read_shard(

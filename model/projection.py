@@ -20,8 +20,8 @@ def project_in(
     bias: Float[Array, "*F"] | None = None,
 ) -> Float[Array, "N *F"]:
     """norm(x) @ weight [D, *F] + bias: this device's heads or channels."""
-    D, *shape = weight.numbers.shape
-    out = fused_matmul(kernels, x_ND, _shaped(weight, D, 1, -1), norm=norm)
+    _, *shape = weight.shape
+    out = fused_matmul(kernels, x_ND, weight.as_product(), norm=norm)
     out = out.reshape(-1, *shape)
     return out if bias is None else out + bias
 
@@ -34,19 +34,10 @@ def project_out(
     residual_ND: Float[Array, "N D"] | None = None,
 ) -> Float[Array, "N D"]:
     """residual + y @ weight [*F, D] + bias, summed over the devices that hold parts of y."""
-    D = weight.numbers.shape[-1]
-    y_NF, weight_F1D = y.reshape(y.shape[0], -1), _shaped(weight, -1, 1, D)
+    y_NF = y.reshape(y.shape[0], -1)
+    weight_F1D = weight.as_product(num_summed=len(weight.shape) - 1)
     if num_tensor() == 1 and bias_D is None:
         return fused_matmul(kernels, y_NF, weight_F1D, residual_NF=residual_ND)
     out_ND: jax.Array = sum_over_tensor(fused_matmul(kernels, y_NF, weight_F1D))
     out_ND = out_ND if bias_D is None else out_ND + bias_D
     return out_ND if residual_ND is None else residual_ND + out_ND
-
-
-def _shaped(weight: Matrix, depth: int, parts: int, width: int) -> Matrix:
-    """A weight as [depth, parts, width], and its scale as [parts, width]."""
-    scale = weight.scale
-    return Matrix(
-        weight.numbers.reshape(depth, parts, width),
-        None if scale is None else scale.reshape(parts, width),
-    )

@@ -1,4 +1,4 @@
-"""The operations of `model/kernels` as they are tried, attention aside.
+"""The operations of `model/kernels` as they are tried, attention and experts aside.
 
 It does not know what is compared or timed (`plan/kernels.py`).
 """
@@ -17,6 +17,7 @@ from model.linear import Matrix, Norm
 from model.mlp import activation
 from plan.attention_trial import Attention
 from plan.comparator_trial import COMPARATORS
+from plan.experts_trial import Experts
 from plan.kinds.kernel import Kernel
 from plan.trial import AT_ONCE, LEAST_CALLS, LONG_CALLS, MOST_CALLS, Trial
 
@@ -164,6 +165,7 @@ TRIALS: dict[str, type[Trial]] = {
     "prefill_attention": Attention,
     "rotate_and_write": Rotate,
     "small_matmul": Product,
+    "experts": Experts,
 }
 
 

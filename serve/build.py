@@ -7,29 +7,28 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import psutil
 from jax.sharding import Mesh
 
 from cache.pages import PagePool
 from cache.tables import PageTables
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
-from model.config import ModelConfig
 from model.families import read_model_config
-from model.kernel_choice import Kernels, kernels_for
+from model.kernel_choice import Kernels
 from model.partition import Partition, abstract_weights, load_weights
 from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo
-from serve.programs import CacheShape, Programs
+from serve.fit import Fit, Served, device_memory_bytes, fit
+from serve.program_cache import ProgramCache, beside_jax
 from serve.progress import Reporter, Silent
+from serve.remedies import refusal, remedies
 from serve.replicas import Replicas
 from serve.runner import Runner
-from serve.scheduler import Limits, Scheduler
+from serve.scheduler import Scheduler
 from sharding.mesh import MeshShape, make_meshes
 
 log = logging.getLogger("weft")
@@ -58,7 +57,8 @@ def build_engine(
     shape = MeshShape(config.mesh.data, config.mesh.stage, config.mesh.tensor)
     partition = Partition(model, shape.stage, shape.tensor)
     meshes = make_meshes(shape)
-    builder = _Builder(config, partition, open_checkpoint(directory), progress, compile_ahead)
+    source = open_checkpoint(directory)
+    builder = _Builder(config, partition, source, progress, compile_ahead, beside_jax())
     engines: list[Engine] = []
     for i, mesh in enumerate(meshes):
         runner, scheduler, info = builder.replica(mesh)
@@ -76,21 +76,21 @@ class _Builder:
     source: TensorSource
     progress: Reporter
     compile_ahead: bool
+    kept: ProgramCache | None
 
     def replica(self, mesh: Mesh) -> tuple[Runner, Scheduler, ModelInfo]:
         config, model = self.config, self.partition.config
-        dtype = jnp.dtype(model.dtype if config.model.dtype == "auto" else config.model.dtype)
-        limits = _limits(config, model)
-        kernels = self._kernels(mesh)  # refused, if at all, before the weights are read
-        weights = self._load(mesh, dtype)
-        cache = self._cache(mesh, limits, weights, dtype)
-        pool = PagePool(cache.num_pages, cache.page_size)
+        served = Served(config, model, mesh.devices.flat[0].platform)
+        limits, dtype, kernels = served.limits, served.dtype, served.kernels
+        found = self._fit(served, mesh)  # refused, if at all, before the weights are read
+        weights = self._load(mesh, dtype, kernels)
+        pool = PagePool(found.num_pages + 1, found.page_size)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
-        programs = Programs(self.partition, mesh, cache, limits, tables.width, dtype, kernels)
-        runner = Runner(programs, weights, tables.array)
+        programs = served.programs(found.num_pages, mesh, kernels)
+        runner = Runner(programs, weights, tables.array, self.kept)
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
-                runner.compile_all(lambda name, done: bar.update(done, detail=name))
+                runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
         info = ModelInfo(
             name=config.model.served_name,
             architecture=model.architecture,
@@ -105,15 +105,8 @@ class _Builder:
         )
         return runner, Scheduler(limits, tables, frozenset(model.eos_ids)), info
 
-    def _kernels(self, mesh: Mesh) -> Kernels:
-        platform = mesh.devices.flat[0].platform
-        try:
-            return kernels_for(platform, self.config.kernels.model_dump())
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def _load(self, mesh: Mesh, dtype: Any) -> Any:
-        _, abstract = abstract_weights(self.partition, dtype)
+    def _load(self, mesh: Mesh, dtype: Any, kernels: Kernels) -> Any:
+        _, abstract = abstract_weights(self.partition, dtype, kernels)
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         done = 0
         with self.progress("loading weights", total) as bar:
@@ -123,72 +116,18 @@ class _Builder:
                 done += num_bytes
                 bar.update(done, detail=name)
 
-            return load_weights(self.partition, self.source, mesh, dtype, count)
+            return load_weights(self.partition, self.source, mesh, dtype, count, kernels)
 
-    def _cache(self, mesh: Mesh, limits: Limits, weights: Any, dtype: Any) -> CacheShape:
-        """The pool: as configured, or what the memory holds beside weights and activations."""
-        config = self.config.cache
-        platform = mesh.devices.flat[0].platform
-        named = {"auto": dtype, "fp8": jnp.float8_e4m3fn}
-        cache_dtype = jnp.dtype(named.get(config.dtype, config.dtype))
-        cache = CacheShape(1, config.tokens_per_page(platform), cache_dtype)
-        num_pages = config.pages
-        memory, one_page = self._device_memory(mesh), cache.page_bytes(self.partition)
-        beside = _activation_bytes(self.partition, limits) + sum(
-            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(weights)
-        )
-        most = max(0, memory - beside) // one_page
-        if num_pages is not None and num_pages > most:
-            raise ConfigError(
-                f"cache.pages is {num_pages:,}, of {one_page:,} bytes each; {memory:,} bytes a "
-                f"device hold at most {most:,} beside {beside:,} bytes of weights and "
-                "activations; lower it"
-            )
-        if num_pages is None:
-            share = config.memory_share(platform)
-            num_pages = (int(memory * share) - beside) // one_page
-            if num_pages < 1:
-                raise ConfigError(
-                    f"{share:.3%} of {memory:,} bytes a device leaves no room for a page of "
-                    f"{one_page:,} bytes beside {beside:,} bytes of weights and activations; raise "
-                    "cache.memory_fraction, lower schedule.max_batch or schedule.token_budget, or "
-                    "use more devices"
-                )
-            usable = limits.max_batch * -(-limits.max_context // cache.page_size)
-            num_pages = min(num_pages, usable)
-        # Page 0 takes padding's writes and holds nobody's tokens.
-        return replace(cache, num_pages=num_pages + 1)
+    def _fit(self, served: Served, mesh: Mesh) -> Fit:
+        """What goes into each device. Raises ConfigError, with what would fit, if that is more."""
+        device = mesh.devices.flat[0]
 
-    def _device_memory(self, mesh: Mesh) -> int:
-        """Bytes a device may use; the devices of a CPU, of all replicas, share its memory."""
-        stats = mesh.devices.flat[0].memory_stats()
-        if stats is not None:
-            return stats["bytes_limit"]
-        return psutil.virtual_memory().total // (mesh.devices.size * self.config.mesh.data)
+        def check(changed: Served) -> Fit:
+            return fit(changed, device_memory_bytes(device, changed.config.mesh))
 
-
-def _limits(config: ServeConfig, model: ModelConfig) -> Limits:
-    asked = config.model.max_context
-    if asked is not None and asked > model.max_context:
-        raise ConfigError(
-            f"model.max_context is {asked}, the model was made for {model.max_context}; "
-            "lower it or leave it out"
-        )
-    schedule = config.schedule
-    return Limits(
-        max_batch=schedule.max_batch,
-        token_budget=schedule.token_budget,
-        chunk=schedule.chunk,
-        max_steps=schedule.max_steps,
-        max_queue=schedule.max_queue,
-        max_context=asked or model.max_context,
-    )
-
-
-def _activation_bytes(partition: Partition, limits: Limits) -> int:
-    """An upper estimate of a step's temporaries on one device."""
-    model = partition.config
-    rows = limits.max_batch + limits.max_chunk_rows
-    width = 4 * model.hidden_size + 3 * model.mlp_size // partition.tensor
-    # Float32 logits and a few copies of them (penalties, sampling), beside the widest layer's.
-    return 4 * (6 * rows * model.vocab_size + limits.token_budget * width)
+        found = check(served)
+        if found.short_bytes:
+            num_devices = len(jax.devices()) // self.config.mesh.data
+            fitting = remedies(served, found, check, num_devices)
+            raise ConfigError(f"{self.config.model.path} does not fit: {refusal(found, fitting)}")
+        return found

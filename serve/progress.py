@@ -33,7 +33,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.kept = 0
         self.stream = stream or sys.stderr
         self._clock = clock
         self._started = self._told = clock()
@@ -49,21 +49,46 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if kind is None:
-            seconds = self._clock() - self._started
-            self._say(f"{_amount(self.done, self.unit)} in {seconds:.1f} s")
+            kept = f"{self.kept:,} of them from an earlier start" if self.kept else ""
+            took = f"{_amount(self.done, self.unit)} in {self._elapsed_s:.1f} s"
+            self._say(", ".join(filter(None, [took, self._rate, kept])))
 
-    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        """`done` units in all so far; `detail` names the one at hand."""
+    def update(self, done: int, total: int | None = None, detail: str = "", kept: int = 0) -> None:
+        """`done` units in all so far; `detail` names the one at hand.
+
+        `kept` of them were there already, and say nothing of how long the others take.
+        """
         self.done, self.total = done, self.total if total is None else total
+        self.kept = kept
         if self._bar is not None:
-            self._bar.update(detail)
+            self._bar.update(", ".join(filter(None, [self.pace, detail])))
         elif (now := self._clock()) - self._told >= LINE_INTERVAL_S:
             self._told = now
-            self._say(", ".join(filter(None, [self._share(), detail])))
+            self._say(", ".join(filter(None, [self._share(), self.pace, detail])))
 
     def advance(self, detail: str = "") -> None:
         """One unit more."""
         self.update(self.done + 1, detail=detail)
+
+    @property
+    def pace(self) -> str:
+        """The rate, of bytes, and how long is left, as far as they are known."""
+        made = self.done - self.kept
+        if not self.total or made <= 0 or self.done >= self.total:
+            return self._rate
+        left_s = self._elapsed_s * (self.total - self.done) / made
+        left = f"{left_s:.0f} s" if left_s < 100 else f"{left_s / 60:.0f} min"
+        return ", ".join(filter(None, [self._rate, f"{left} left"]))
+
+    @property
+    def _rate(self) -> str:
+        if self.unit != "B" or self._elapsed_s <= 0:
+            return ""
+        return f"{_amount(int(self.done / self._elapsed_s), self.unit)}/s"
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._clock() - self._started
 
     def _share(self) -> str:
         if not self.total:
@@ -83,8 +108,8 @@ class Silent(Progress):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        self.done = done
+    def update(self, done: int, total: int | None = None, detail: str = "", kept: int = 0) -> None:
+        self.done, self.kept = done, kept
 
 
 class _Bar:
@@ -97,7 +122,6 @@ class _Bar:
             DownloadColumn,
             MofNCompleteColumn,
             TextColumn,
-            TimeRemainingColumn,
         )
         from rich.progress import Progress as RichProgress
 
@@ -108,7 +132,6 @@ class _Bar:
             BarColumn(),
             DownloadColumn() if is_bytes else MofNCompleteColumn(),
             TextColumn("" if is_bytes else progress.unit),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", style="dim"),
             console=Console(file=progress.stream),
             transient=True,

@@ -6,9 +6,12 @@ know why rows were chosen.
 
 import logging
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,11 +20,13 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
 from serve.packing import SAMPLING_WIDTH, padding_row, sampling_row
 from serve.plan import Sequence, StepPlan
 from serve.profile import Kind, Phase, Step, Work
+from serve.program_cache import CompiledStep, ProgramCache, jax_cache_off
 from serve.programs import Programs, step_shapes
 from serve.request import TokenLogprobs
 from serve.scheduler import RowResult
@@ -30,12 +35,20 @@ log = logging.getLogger("weft")
 
 MOST_COMPILERS = 8
 """Programs compiled at once: a large one takes a GiB or so of the host's memory."""
+TELL_S = 1.0
+"""Between two words on how far compiling is: a large program takes minutes."""
 
 
 class Runner:
     """`submit` dispatches a plan; its `Pending` result is read a step later."""
 
-    def __init__(self, programs: Programs, weights: Any, tables: NDArray[np.int32]) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        weights: Any,
+        tables: NDArray[np.int32],
+        kept: ProgramCache | None = None,
+    ) -> None:
         """`tables` are the scheduler's page tables: read at each submit, a row per slot."""
         self.programs = programs
         self.shapes = step_shapes(programs.limits, programs.partition.stages)
@@ -46,6 +59,8 @@ class Runner:
         # On a CPU the host reads the device's memory as it is.
         self._copies_ahead = programs.mesh.devices.flat[0].platform != "cpu"
         self._compiled: dict[StepShape, Any] = {}
+        self._kept = kept
+        self._tracing = threading.Lock()
         self._is_warm = False
         self._tables = tables
         self._vocab_size = programs.partition.config.vocab_size
@@ -70,15 +85,30 @@ class Runner:
         step.dispatched(_work(plan, shape), output.tokens.is_ready)
         return Pending(plan, shape, self.programs.partition.stages, output, step)
 
-    def compile_all(self, progress: Callable[[str, int], None] = lambda name, done: None) -> None:
-        """Compiles every bucket; afterwards no plan compiles anything.
+    def compile_all(
+        self, progress: Callable[[str, int, int], None] = lambda name, done, kept: None
+    ) -> None:
+        """Compiles every bucket, or reads it; afterwards no plan compiles anything.
 
-        `progress` is told each program's name, and how many are done.
+        `progress` is told, each second or so, the name of a program at hand, how many are done, and
+        how many of those were kept from an earlier start.
         """
+        num_kept = 0
+        workers = min(len(os.sched_getaffinity(0)), MOST_COMPILERS)
         # XLA releases the interpreter while it compiles.
-        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
-            for done, shape in enumerate(pool.map(self._compile, self.shapes), start=1):
-                progress(_describe(shape), done)
+        with self._only_kept_here(), ThreadPoolExecutor(workers) as pool:
+            left = {pool.submit(self._compile, shape): shape for shape in self.shapes}
+            try:
+                while left:
+                    for future in wait(left, TELL_S, FIRST_COMPLETED).done:
+                        num_kept += future.result()
+                        del left[future]
+                    at_hand = (
+                        _describe(shape) for future, shape in left.items() if future.running()
+                    )
+                    progress(next(at_hand, ""), len(self.shapes) - len(left), num_kept)
+            finally:
+                pool.shutdown(cancel_futures=True)
         self._set_history(self.programs.limits.max_batch, [], [])
         self._is_warm = True
 
@@ -98,14 +128,37 @@ class Runner:
         if self._is_warm:
             self.num_compiled_late += 1
             log.warning("compiling %s while serving", _describe(shape))
-        self._compile(shape)
+        with self._only_kept_here():
+            self._compile(shape)
 
-    def _compile(self, shape: StepShape) -> StepShape:
+    def _only_kept_here(self) -> AbstractContextManager[None]:
+        return jax_cache_off() if self._kept else nullcontext()
+
+    def _compile(self, shape: StepShape) -> bool:
+        """Whether it was kept from an earlier start."""
         started = time.monotonic()
-        step = self.programs.jit_step(shape)
-        self._compiled[shape] = step.lower(*self.programs.abstract_arguments(shape)).compile()
-        log.debug("compiled %s in %.1f s", _describe(shape), time.monotonic() - started)
-        return shape
+        step = self._kept.get(self.programs, shape) if self._kept else None
+        if was_kept := step is not None:
+            for fallback in step.fallbacks:
+                note_fallback(*fallback)
+        else:
+            lowered, noted = self._lower(shape)
+            step = CompiledStep(lowered.compile(), noted)
+            if self._kept:
+                self._kept.put(self.programs, shape, step)
+        self._compiled[shape] = step.program
+        verb = "read" if was_kept else "compiled"
+        log.debug("%s %s in %.1f s", verb, _describe(shape), time.monotonic() - started)
+        return was_kept
+
+    def _lower(self, shape: StepShape) -> tuple[Any, tuple[tuple[str, str, str], ...]]:
+        """The step as XLA takes it, and the fallbacks noted on the way."""
+        arguments = self.programs.abstract_arguments(shape)
+        # One at a time, which the interpreter sees to anyhow: so that what is noted is this one's.
+        with self._tracing:
+            before = Counter(fallbacks)
+            lowered = self.programs.jit_step(shape).lower(*arguments)
+            return lowered, tuple((fallbacks - before).elements())
 
     def _admit(self, sequence: Sequence) -> None:
         """Lets a slot know its new sequence."""

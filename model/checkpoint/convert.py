@@ -125,7 +125,7 @@ class _Stream:
             )
             for weight in self.weights
         }
-        self._quantization = quantization
+        self._quantization: Quantization | None = quantization
         self._quantized = quantized(config) if quantization else {}
         for name, shape in self._quantized.items():
             assert quantization, "nothing is quantized without"

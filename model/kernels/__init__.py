@@ -96,14 +96,9 @@ def fused_matmul(
             note_fallback("small_matmul", kernel, reason)
         else:
             multiply = partial(pallas_matmul.fused_matmul, interpret=INTERPRET[kernel])
-    elif kernel == "cpu":
+    elif kernel in ("cpu", "cpu_panels"):
         multiply = cpu_matmul.fused_matmul
     return multiply(x_ND, weight_DPF, norm=norm, activate=activate, residual_NF=residual_NF)
-
-
-def keeps_experts_apart(kernels: Kernels, num_experts: int) -> bool:
-    """Whether `experts` takes the weights of so many in sequences, as `cpu_experts.panels`."""
-    return kernels.experts == "cpu" and num_experts <= cpu_experts.MOST_APART
 
 
 def experts(
@@ -125,7 +120,7 @@ def experts(
         "gate_up_bias_E2F": gate_up_bias_E2F,
         "down_bias_ED": down_bias_ED,
     }
-    if kernel == "cpu":
+    if kernel in ("cpu", "cpu_apart"):
         return cpu_experts.experts(x_ND, routed_EN, gate_up, down, top_k=top_k, **around)
     assert isinstance(gate_up, Matrix), "only the kernel cpu takes experts apart"
     assert isinstance(down, Matrix), "only the kernel cpu takes experts apart"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model import linear
 from model.kernels import xla_matmul
 from model.linear import Matrix
 
@@ -28,6 +29,8 @@ def fused_matmul(
     XLA on CPU (jaxlib 0.11.2) reads the weight of a product with one row in bfloat16 at 1.4 GB/s,
     of one with two rows at 12: one row is computed as two.
     """
+    if weight_DPF.panelled is not None:
+        return xla_matmul.fused_matmul(x_ND, weight_DPF, product=multiply_panels, **around)
     if weight_DPF.numbers.dtype == jnp.int8:
         return xla_matmul.fused_matmul(x_ND, weight_DPF, product=multiply_int8, **around)
     if x_ND.shape[0] > 1 or x_ND.dtype != jnp.bfloat16:
@@ -35,6 +38,26 @@ def fused_matmul(
     if around.get("residual_NF") is not None:
         around["residual_NF"] = _two_rows(around["residual_NF"])
     return xla_matmul.fused_matmul(_two_rows(x_ND), weight_DPF, **around)[:1]
+
+
+def multiply(x_ND: Float[Array, "N D"], weight: Matrix) -> Float[Array, "N F"]:
+    """x @ weight, [D, F]."""
+    is_int8 = weight.numbers.dtype == jnp.int8
+    return (multiply_int8 if is_int8 else linear.multiply)(x_ND, weight)
+
+
+def multiply_panels(x_ND: Float[Array, "N D"], weight: Matrix) -> Float[Array, "N F"]:
+    """x @ weight, whose numbers are in panels, [P, D, C]."""
+
+    def multiply_panel(x_ND: jax.Array, numbers_DC: jax.Array, scale_C: jax.Array | None):
+        return multiply(x_ND, Matrix(numbers_DC, scale_C))
+
+    P, _, C = weight.numbers.shape
+    # One x for all would make XLA join the panels to a single weight, in memory.
+    x_PND = jnp.broadcast_to(x_ND, (P, *x_ND.shape))
+    scale_PC = None if weight.scale is None else weight.scale.reshape(P, C)
+    out_PNC = jax.vmap(multiply_panel)(x_PND, weight.numbers, scale_PC)
+    return out_PNC.swapaxes(0, 1).reshape(len(x_ND), P * C)
 
 
 def multiply_int8(x_ND: Float[Array, "N D"], weight: Matrix) -> Float[Array, "N F"]:

@@ -29,13 +29,11 @@ def fused_matmul(
     rounded to x's dtype.
     """
     N = x_ND.shape[0]
-    D, parts, F = weight_DPF.numbers.shape
+    _, parts, F = weight_DPF.shape
     assert parts == (2 if activate else 1), "an activation takes two products"
     if norm is not None:
         x_ND = rms_norm(x_ND, norm)
-    scale = None if weight_DPF.scale is None else weight_DPF.scale.reshape(-1)
-    flat = Matrix(weight_DPF.numbers.reshape(D, parts * F), scale)
-    out_NPF = product(x_ND, flat).reshape(N, parts, F)
+    out_NPF = product(x_ND, weight_DPF.flat()).reshape(N, parts, F)
     if activate:
         gate_NF, up_NF = (out_NPF[:, part].astype("float32") for part in range(2))
         return activate(gate_NF, up_NF).astype(x_ND.dtype)

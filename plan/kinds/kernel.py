@@ -13,10 +13,12 @@ from plan.devices import Devices
 from plan.kinds.kind import Contest, Outcome
 from plan.models import load_model
 
-Operation = Literal["decode_attention", "prefill_attention", "rotate_and_write", "small_matmul"]
+Operation = Literal[
+    "decode_attention", "prefill_attention", "rotate_and_write", "small_matmul", "experts"
+]
 
 KernelName = Literal[
-    "xla", "pallas", "pallas_interpreted", "cudnn", "flashinfer", "flash_attention4"
+    "xla", "cpu", "pallas", "pallas_interpreted", "cudnn", "flashinfer", "flash_attention4"
 ]
 
 TILING = re.compile(r"((queries|keys|splits|num_warps|num_stages)=[1-9]\d*(,|$))*")
@@ -64,7 +66,7 @@ class Kernel:
     contest: ClassVar[Contest | None] = None
 
     def __post_init__(self) -> None:
-        load_model(self.model)
+        model = load_model(self.model)
         for name in ("rows", "chunk", "page_size", "cold_bytes", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -83,6 +85,13 @@ class Kernel:
                 f"weight_dtype is {self.weight_dtype} with {self.operation}; only small_matmul has "
                 "a weight"
             )
+        if self.operation == "experts" and model.experts is None:
+            raise ValueError(
+                f"model is {self.model}, which has no experts; choose one that has, such as "
+                "qwen3-30b-a3b"
+            )
+        if self.kernel == "cpu" and self.operation != "experts":
+            raise ValueError(f"cpu is tried for experts, not {self.operation}; choose xla")
         if self.kernel == "cudnn" and not self._cudnn_can:
             raise ValueError(
                 "cudnn is for prefill_attention with context 0, without window, softcap and "

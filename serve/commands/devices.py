@@ -23,11 +23,13 @@ def ensure_devices(mesh: MeshSection) -> None:
 def keep_compiled_programs() -> None:
     """Lets the next start find this one's programs, under ~/.cache/weft unless JAX was told where.
 
-    JAX keys them by program, versions and devices.
+    Steps are kept there by `serve/program_cache.py`, the few other programs by JAX.
     """
     if jax.config.jax_compilation_cache_dir is None:
         directory = Path.home() / ".cache" / "weft" / "programs"
+        # Nobody else's: what is read from there is run.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
-    # Every program counts: most take a second or less, and there are dozens.
+    # Every program counts, however short its compiling.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -15,7 +15,11 @@ from plan.models import FOLDER, UnknownModel, load_model, model_names, read_mode
         ("llama-3.1-70b", 70554),
         ("qwen3-0.6b", 596),
         ("llama-125m", 125),
+        ("qwen3-30b-a3b", 30532),
+        ("mixtral-8x7b", 46703),
+        ("mixtral-quarter", 791),
         ("tiny", 0.5),
+        ("tiny-moe", 0.99),
     ],
 )
 def test_a_model_has_as_many_parameters_as_its_name_says(name, millions):

@@ -15,7 +15,7 @@ from cache.pages import PagePool
 from cache.tables import PageTables
 from model import weights
 from model.config import Experts, Latent, Layer, ModelConfig, Rope
-from model.kernel_choice import Kernels
+from model.kernel_choice import Kernels, kernels_for
 from model.partition import Partition, load_weights
 from serve.engine import Engine, ModelInfo
 from serve.programs import CacheShape, Programs
@@ -165,12 +165,13 @@ def make_parts(
     partition = Partition(config, mesh.stage, mesh.tensor)
     devices = make_meshes(mesh)[replica]
     dtype = jnp.dtype("float32")
-    loaded = load_weights(partition, ArraySource(arrays), devices, dtype)
+    chosen = kernels or kernels_for("cpu")
+    loaded = load_weights(partition, ArraySource(arrays), devices, dtype, kernels=chosen)
     tables = PageTables(
         PagePool(num_pages, PAGE_SIZE), limits.max_batch + 1, -(-limits.max_context // PAGE_SIZE)
     )
     cache = CacheShape(num_pages, PAGE_SIZE, jnp.dtype(cache_dtype))
-    programs = Programs(partition, devices, cache, limits, tables.width, dtype, kernels)
+    programs = Programs(partition, devices, cache, limits, tables.width, dtype, chosen)
     runner = Runner(programs, loaded, tables.array)
     return Parts(config, arrays, limits, tables, runner)
 

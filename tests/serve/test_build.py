@@ -1,17 +1,26 @@
 """From a configuration to an engine that answers; what cannot be built is refused at the start."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from model.checkpoint import CheckpointError
 from model.families import UnsupportedModel
+from model.partition import load_weights
 from serve.build import build_engine
+from serve.client import Client
+from serve.commands import generate as generate_command
 from serve.config import ConfigError, make_config
 from serve.errors import InvalidRequest
+from serve.fit import fit
+from serve.front import Front
+from serve.request import SamplingParams
 from serve.runner import Runner
 from sharding.mesh import MeshError
 from tests.model.reference import load_model
+from tests.serve.fake_engine import TIMEOUT_S, served
 from tests.serve.harness import Answer, assert_greedy, generate, greedy, random_prompts
 from tools.random_checkpoint import write_random_checkpoint
 
@@ -85,6 +94,26 @@ def test_request_of_more_pages_than_the_cache_has_is_refused_with_what_to_change
     )
 
 
+def test_the_same_is_refused_over_grpc(engine):
+    with (
+        served(Front(engine)) as address,
+        Client(address, timeout_s=TIMEOUT_S) as client,
+        pytest.raises(InvalidRequest, match=r"needs 3 pages for 40 tokens, the cache has 2 in all"),
+    ):
+        list(client.generate([5] * 30, max_tokens=10))
+
+
+def test_the_same_is_refused_offline(checkpoint, monkeypatch):
+    def two_pages(*arguments):
+        return replace(fit(*arguments), num_pages=2)
+
+    monkeypatch.setattr("serve.build.fit", two_pages)
+    with pytest.raises(
+        InvalidRequest, match=r"needs 3 pages for 40 tokens, the cache has 2 in all"
+    ):
+        generate_command.run(checkpoint, [[5] * 30], SamplingParams(max_tokens=10))
+
+
 def test_request_without_max_tokens_is_given_what_the_cache_holds(engine):
     (answer,) = generate(engine, [greedy("r", [5, 6], None)]).values()
     assert len(answer.token_ids) == 2 * 16 - 2
@@ -141,9 +170,8 @@ class TestRefusedAtStart:
             build_engine(configure(checkpoint, model={"max_context": 65}))
 
     def test_memory_fraction_that_leaves_no_page(self, checkpoint):
-        with pytest.raises(
-            ConfigError, match=r"leaves no room for a page of [\d,]+ bytes .* raise cache.memory_fr"
-        ):
+        refused = r"tiny does not fit: .* too few; it fits with cache\.memory_fraction=0\.6 \("
+        with pytest.raises(ConfigError, match=refused):
             build_engine(configure(checkpoint, cache={"memory_fraction": 1e-9}))
 
     @pytest.mark.parametrize("token_budget", [15, 16])
@@ -153,9 +181,24 @@ class TestRefusedAtStart:
             build_engine(configure(checkpoint, schedule=schedule))
 
 
-def test_more_pages_than_the_memory_holds_are_refused_with_the_most_that_fit(checkpoint):
-    with pytest.raises(ConfigError, match=r"hold at most [\d,]+ beside .*lower it"):
-        build_engine(configure(checkpoint, cache={"pages": 10**12}))
+def test_too_many_pages_are_refused_before_weights_are_read_with_the_most_that_fit(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setattr("serve.build.load_weights", None)
+    monkeypatch.setattr("serve.build.device_memory_bytes", lambda device, mesh: 1_000_000)
+    with pytest.raises(ConfigError) as refused:
+        build_engine(configure(checkpoint, cache={"pages": 1000}))
+    # A page of 16 tokens is 2,048 bytes: keys and values of 2 layers, 2 heads, 8 channels.
+    said = re.search(r"2,050,048 of pages\) and may plan with 1,000,000 of", str(refused.value))
+    fitting = re.search(r"it fits with cache\.pages=(\d+) ", str(refused.value))
+    assert said
+    assert fitting
+    most = int(fitting[1])
+    monkeypatch.setattr("serve.build.load_weights", load_weights)
+    config = configure(checkpoint, cache={"pages": most})
+    assert build_engine(config, compile_ahead=False).info.num_pages == most
+    with pytest.raises(ConfigError, match=f"pages={most} "):
+        build_engine(configure(checkpoint, cache={"pages": most + 1}))
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_before_weights_are_read(checkpoint, monkeypatch):

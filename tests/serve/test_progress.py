@@ -24,9 +24,9 @@ def test_elsewhere_than_on_a_terminal_a_line_comes_every_few_seconds_and_at_the_
             clock.now = second
             progress.update(second * 400_000_000, detail=f"layer {second}")
     assert stream.getvalue().splitlines() == [
-        "loading: 50% of 4.0 GB, layer 5",
-        "loading: 100% of 4.0 GB, layer 10",
-        "loading: 4.0 GB in 10.0 s",
+        "loading: 50% of 4.0 GB, 400.0 MB/s, 5 s left, layer 5",
+        "loading: 100% of 4.0 GB, 400.0 MB/s, layer 10",
+        "loading: 4.0 GB in 10.0 s, 400.0 MB/s",
     ]
 
 
@@ -39,8 +39,26 @@ def test_a_total_may_come_later_or_never() -> None:
         progress.update(2, 8)
     assert stream.getvalue().splitlines() == [
         "compiling: 1 programs",
-        "compiling: 25% of 8 programs",
+        "compiling: 25% of 8 programs, 36 s left",
         "compiling: 2 programs in 12.0 s",
+    ]
+
+
+def test_what_was_kept_from_an_earlier_start_does_not_shorten_what_is_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress("compiling", 8, "programs", stream, clock) as progress:
+        progress.update(3, kept=3)
+        clock.now = 60
+        progress.update(3, kept=3, detail="a")
+        clock.now = 120
+        progress.update(4, kept=3, detail="b")
+        clock.now = 300
+        progress.update(8, kept=3)
+    assert stream.getvalue().splitlines() == [
+        "compiling: 37% of 8 programs, a",
+        "compiling: 50% of 8 programs, 8 min left, b",
+        "compiling: 100% of 8 programs",
+        "compiling: 8 programs in 300.0 s, 3 of them from an earlier start",
     ]
 
 
@@ -53,10 +71,13 @@ def test_work_that_failed_is_not_said_to_be_done() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     stream = Terminal()
-    with Progress("loading", 2_000, stream=stream) as progress:
-        progress.update(1_000)
+    clock = Clock()
+    with Progress("loading", 2_000, stream=stream, clock=clock) as progress:
+        clock.now = 5
+        progress.update(1_000, detail="layer 3")
     assert "loading" in stream.getvalue()
-    assert stream.getvalue().endswith("s\n")
+    assert "200 B/s, 5 s left, layer 3" in stream.getvalue()
+    assert stream.getvalue().endswith("loading: 1.0 kB in 5.0 s, 200 B/s\n")
 
 
 def test_silent_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
