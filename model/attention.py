@@ -51,7 +51,7 @@ class PagedAttention(nnx.Module):
         D, K, G, U = config.hidden_size, config.num_kv_heads, config.group_size, config.value_dim
         self.config = config
         self.kernels = kernels
-        add_matrix(self, "attention.out", (K, G, U, D), config, dtype, kernels)
+        add_matrix(self, "attention.out", (K, G, U, D), config, dtype)
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros((D,), dtype))
         if config.sinks:
@@ -109,7 +109,7 @@ class Attention(PagedAttention):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, kernels: Kernels) -> None:
         super().__init__(config, dtype, kernels)
         D, K, G, C = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
-        add_matrix(self, "attention.qkv", (D, K, G + 2, C), config, dtype, kernels)
+        add_matrix(self, "attention.qkv", (D, K, G + 2, C), config, dtype)
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((K, G + 2, C), dtype))
         if config.qk_norm == "head":

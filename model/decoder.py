@@ -13,8 +13,7 @@ from model.attention import Attention, Tokens
 from model.config import Layer, ModelConfig
 from model.kernel_choice import Kernels
 from model.latent_attention import LatentAttention
-from model.linear import Norm, matmul, rms_norm
-from model.matrix import add_matrix, matrix
+from model.linear import Matrix, Norm, matmul, rms_norm
 from model.mlp import Mlp
 from model.moe import Moe
 from model.pages import Pages
@@ -89,7 +88,7 @@ class Decoder(nnx.Module):
         )
         self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
         if not config.tie_embeddings:
-            add_matrix(self, "head", (config.hidden_size, padded_vocab), config, dtype, kernels)
+            self.head = nnx.Param(jnp.zeros((config.hidden_size, padded_vocab), dtype))
 
     def embed(self, tokens_N: Int[Array, "N"]) -> Float[Array, "N D"]:
         table_VD = self.embedding[...]
@@ -115,7 +114,7 @@ class Decoder(nnx.Module):
             # Not through a kernel, for which the table would have to be turned in memory.
             logits_RV = matmul(rms_norm(x_RD, norm), self.embedding[...].T)
         else:
-            logits_RV = project_in(self.kernels, x_RD, norm, matrix(self, "head"))
+            logits_RV = project_in(self.kernels, x_RD, norm, Matrix(self.head[...]))
         logits_RV = logits_RV.astype(jnp.float32)
         if self.config.logit_softcap is not None:
             cap = self.config.logit_softcap

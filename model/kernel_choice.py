@@ -30,8 +30,8 @@ class Kernels:
 
 NAMES = ("xla", "cpu", "pallas", "pallas_interpreted")
 """The reference in plain XLA; XLA in a form that suits CPUs; our own kernels for GPUs; the same
-interpreted, slowly, on any device. On one device `Partition.suited` makes of cpu what it calls
-cpu_panels and cpu_apart, for which weights lie otherwise in memory."""
+interpreted, slowly, on any device. Of experts by cpu `Partition.suited` makes cpu_apart where each
+expert's weights can be arrays of their own."""
 
 XLA = Kernels()
 CHOSEN = {

@@ -29,16 +29,16 @@ class LatentAttention(PagedAttention):
         D, K, C = config.hidden_size, config.num_kv_heads, config.head_dim
         self.latent = latent
         if latent.q_rank is None:
-            add_matrix(self, "attention.q", (D, K, C), config, dtype, kernels)
+            add_matrix(self, "attention.q", (D, K, C), config, dtype)
         else:
-            add_matrix(self, "attention.q_down", (D, latent.q_rank), config, dtype, kernels)
+            add_matrix(self, "attention.q_down", (D, latent.q_rank), config, dtype)
             self.q_latent_norm = nnx.Param(jnp.zeros((latent.q_rank,), dtype))
-            add_matrix(self, "attention.q_up", (latent.q_rank, K, C), config, dtype, kernels)
+            add_matrix(self, "attention.q_up", (latent.q_rank, K, C), config, dtype)
         kv = (D, latent.kv_rank + latent.rope_dim)
-        add_matrix(self, "attention.kv_down", kv, config, dtype, kernels)
+        add_matrix(self, "attention.kv_down", kv, config, dtype)
         self.kv_latent_norm = nnx.Param(jnp.zeros((latent.kv_rank,), dtype))
         heads = (latent.kv_rank, K, latent.nope_dim + latent.value_dim)
-        add_matrix(self, "attention.kv_up", heads, config, dtype, kernels)
+        add_matrix(self, "attention.kv_up", heads, config, dtype)
 
     def project(
         self, x_ND: Float[Array, "N D"], norm: Norm | None, pages: Pages, tokens: Tokens

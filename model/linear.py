@@ -21,29 +21,17 @@ class Matrix:
     numbers: Num[Array, "..."]
     scale: Float[Array, "..."] | None = None
     """Float32, of the numbers' shape without the axes that a product sums over."""
-    panelled: tuple[int, ...] | None = None
-    """The weight's shape, where its numbers lie in panels (`model/panels.py`)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.numbers.shape if self.panelled is None else self.panelled
 
     def as_product(self, parts: int = 1, num_summed: int = 1) -> "Matrix":
         """As [depth, parts, width], and its scale as [parts, width]; it sums over first axes."""
-        depth = math.prod(self.shape[:num_summed])
-        shape = (depth, parts, math.prod(self.shape[num_summed:]) // parts)
-        scale = None if self.scale is None else self.scale.reshape(shape[1:])
-        if self.panelled is not None:
-            return Matrix(self.numbers, scale, shape)
-        return Matrix(self.numbers.reshape(shape), scale)
+        depth = math.prod(self.numbers.shape[:num_summed])
+        numbers = self.numbers.reshape(depth, parts, -1)
+        return Matrix(numbers, None if self.scale is None else self.scale.reshape(parts, -1))
 
     def flat(self) -> "Matrix":
         """A weight [depth, parts, width] as [depth, parts * width]."""
-        depth, parts, width = self.shape
-        scale = None if self.scale is None else self.scale.reshape(-1)
-        if self.panelled is not None:
-            return Matrix(self.numbers, scale, (depth, parts * width))
-        return Matrix(self.numbers.reshape(depth, parts * width), scale)
+        numbers = self.numbers.reshape(len(self.numbers), -1)
+        return Matrix(numbers, None if self.scale is None else self.scale.reshape(-1))
 
 
 def matmul(x: Float[Array, "*N D"], weight: Float[Array, "D F"]) -> Float[Array, "*N F"]:

@@ -12,45 +12,25 @@ from model.config import ModelConfig
 from model.kernel_choice import Kernels
 from model.linear import Matrix
 from model.panels import panel_shape
-from model.weights import QUANTIZED_DTYPES, Shape, scale_shape, summed_axes
+from model.weights import QUANTIZED_DTYPES, Shape, scale_shape
 
 
 def add_matrix(
-    module: nnx.Module,
-    name: str,
-    shape: Shape,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
+    module: nnx.Module, name: str, shape: Shape, config: ModelConfig, dtype: jnp.dtype
 ) -> None:
     """Gives `module` the weight `name`, such as attention.qkv, under the last part of its name."""
     place = name.rpartition(".")[2]
-    if config.quantization is not None and summed_axes(name):
+    if config.quantization is not None:
         scale = jnp.zeros(scale_shape(name, shape), jnp.float32)
         setattr(module, f"{place}_scale", nnx.Param(scale))
         dtype = QUANTIZED_DTYPES[config.quantization]
-    panels = stored_in_panels(name, shape, dtype, kernels)
-    if panels is not None:
-        setattr(module, f"{place}_panelled", shape)
-    setattr(module, place, nnx.Param(jnp.zeros(panels or shape, dtype)))
-
-
-def stored_in_panels(name: str, shape: Shape, dtype: jnp.dtype, kernels: Kernels) -> Shape | None:
-    """The shape of a weight's panels, where the kernel of products wants some of it."""
-    if kernels.small_matmul != "cpu_panels" or dtype != jnp.float32:
-        return None
-    # The head, which is never quantized, sums over its first axis.
-    return panel_shape(shape, len(summed_axes(name)) or 1)
+    setattr(module, place, nnx.Param(jnp.zeros(shape, dtype)))
 
 
 def matrix(module: nnx.Module, place: str) -> Matrix:
     """What `add_matrix` gave it."""
     scale = getattr(module, f"{place}_scale", None)
-    return Matrix(
-        getattr(module, place)[...],
-        None if scale is None else scale[...],
-        getattr(module, f"{place}_panelled", None),
-    )
+    return Matrix(getattr(module, place)[...], None if scale is None else scale[...])
 
 
 def add_matrices(
@@ -63,7 +43,7 @@ def add_matrices(
 ) -> None:
     """Gives `module` the weight `name` of experts, [E, ...]: as one, or each expert's apart."""
     if kernels.experts != "cpu_apart":
-        add_matrix(module, name, shape, config, dtype, kernels)
+        add_matrix(module, name, shape, config, dtype)
         return
     place = name.rpartition(".")[2]
     if config.quantization is not None:
@@ -79,7 +59,7 @@ def apart_shape(shape: Shape, dtype: jnp.dtype) -> Shape:
 
     A single one of int8, since that is copied at each product anyway.
     """
-    panels = None if dtype == jnp.int8 else panel_shape(shape, 1)
+    panels = None if dtype == jnp.int8 else panel_shape(shape)
     return panels or (1, shape[0], math.prod(shape[1:]))
 
 

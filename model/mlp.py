@@ -44,8 +44,8 @@ class Mlp(nnx.Module):
         D, F = config.hidden_size, config.mlp_size
         self.config = config
         self.kernels = kernels
-        add_matrix(self, "mlp.gate_up", (D, 2, F), config, dtype, kernels)
-        add_matrix(self, "mlp.down", (F, D), config, dtype, kernels)
+        add_matrix(self, "mlp.gate_up", (D, 2, F), config, dtype)
+        add_matrix(self, "mlp.down", (F, D), config, dtype)
         if config.mlp_bias:
             self.gate_up_bias = nnx.Param(jnp.zeros((2, F), dtype))
             self.down_bias = nnx.Param(jnp.zeros((D,), dtype))

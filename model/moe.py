@@ -73,8 +73,8 @@ class Moe(nnx.Module):
             self.selection_bias = nnx.Param(jnp.zeros((num_routed,), jnp.float32))
         if experts.shared_size:
             shared = experts.shared_size
-            add_matrix(self, "moe.shared_gate_up", (D, 2, shared), config, dtype, kernels)
-            add_matrix(self, "moe.shared_down", (shared, D), config, dtype, kernels)
+            add_matrix(self, "moe.shared_gate_up", (D, 2, shared), config, dtype)
+            add_matrix(self, "moe.shared_down", (shared, D), config, dtype)
 
     def __call__(
         self,

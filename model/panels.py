@@ -1,8 +1,8 @@
 """Weights as products of few rows on a CPU read them fastest: 64 columns at a time.
 
 XLA's products there take such panels of a weight one after the other. Where the weight lies row by
-row, each row of a panel is in another page of memory, and a product takes up to twice as long. It
-does not know who multiplies (`model/kernels/cpu_matmul.py`, `cpu_experts.py`).
+row, each row of a panel is in another page of memory. It does not know who multiplies
+(`model/kernels/cpu_experts.py`).
 """
 
 import math
@@ -15,12 +15,12 @@ COLUMNS = 64
 Shape = tuple[int, ...]
 
 
-def panel_shape(shape: Shape, num_summed: int) -> Shape | None:
-    """Of a weight whose first `num_summed` axes a product sums over, as panels, [P, D, COLUMNS].
+def panel_shape(shape: Shape) -> Shape | None:
+    """Of a weight whose first axis a product sums over, as panels, [P, D, COLUMNS].
 
     None where its columns don't divide.
     """
-    depth, width = math.prod(shape[:num_summed]), math.prod(shape[num_summed:])
+    depth, width = shape[0], math.prod(shape[1:])
     return None if width % COLUMNS else (width // COLUMNS, depth, COLUMNS)
 
 

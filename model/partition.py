@@ -92,17 +92,11 @@ class Partition:
         return replace(self.config, num_kv_heads=heads, experts=experts)
 
     def suited(self, kernels: Kernels) -> Kernels:
-        """`kernels` with those that read weights in a form of their own, where that can be.
-
-        It is one device's: of several, who would have to cut it, the processor is one, too.
-        """
-        if self.num_devices > 1:
-            return kernels
+        """`kernels` with the one that takes experts apart, where that can be: on one device."""
         experts = self.config.experts
-        if kernels.small_matmul == "cpu":
-            kernels = replace(kernels, small_matmul="cpu_panels")
-        if kernels.experts == "cpu" and experts and experts.num_experts <= MOST_APART:
-            kernels = replace(kernels, experts="cpu_apart")
+        few = experts is not None and experts.num_experts <= MOST_APART
+        if kernels.experts == "cpu" and few and self.num_devices == 1:
+            return replace(kernels, experts="cpu_apart")
         return kernels
 
     def decoder(self, dtype: jnp.dtype, kernels: Kernels) -> Decoder:
@@ -259,17 +253,13 @@ def _read_leaf(
     shape: tuple[int, ...],
 ) -> np.ndarray:
     """One device's part of a weight, in the form that the decoder has it in."""
-    plain = shapes(partition.config).get(name)
-    if plain and name.startswith("layers."):
-        plain = (1, *plain)
-    # Only one device has weights in another form, and it has them whole.
-    if not plain or plain == shape or partition.num_devices > 1:
+    if expert is None:
         return _read_shard(partition, source, name, index, shape)
-    whole = [slice(0, size) for size in plain]
-    if expert is not None:
-        whole[1] = slice(expert, expert + 1)
-    weight = _read_shard(partition, source, name, tuple(whole), plain)
-    return to_panels(weight, shape[-3:]).reshape(shape)
+    stacked = (1, *shapes(partition.config)[name])
+    whole = [slice(0, size) for size in stacked]
+    whole[1] = slice(expert, expert + 1)
+    weight = _read_shard(partition, source, name, tuple(whole), stacked)
+    return to_panels(weight, shape[1:])[None]
 
 
 def _read_shard(

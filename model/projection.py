@@ -20,7 +20,7 @@ def project_in(
     bias: Float[Array, "*F"] | None = None,
 ) -> Float[Array, "N *F"]:
     """norm(x) @ weight [D, *F] + bias: this device's heads or channels."""
-    _, *shape = weight.shape
+    _, *shape = weight.numbers.shape
     out = fused_matmul(kernels, x_ND, weight.as_product(), norm=norm)
     out = out.reshape(-1, *shape)
     return out if bias is None else out + bias
@@ -35,7 +35,7 @@ def project_out(
 ) -> Float[Array, "N D"]:
     """residual + y @ weight [*F, D] + bias, summed over the devices that hold parts of y."""
     y_NF = y.reshape(y.shape[0], -1)
-    weight_F1D = weight.as_product(num_summed=len(weight.shape) - 1)
+    weight_F1D = weight.as_product(num_summed=weight.numbers.ndim - 1)
     if num_tensor() == 1 and bias_D is None:
         return fused_matmul(kernels, y_NF, weight_F1D, residual_NF=residual_ND)
     out_ND: jax.Array = sum_over_tensor(fused_matmul(kernels, y_NF, weight_F1D))

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from serve.engine import Engine, ModelInfo
 from serve.fit import Fit, Served, device_memory_bytes, fit
 from serve.program_cache import ProgramCache, beside_jax
 from serve.progress import Reporter, Silent
-from serve.remedies import refusal, remedies
+from serve.remedies import Change, Remedy, refusal, remedies
 from serve.replicas import Replicas
 from serve.runner import Runner
 from serve.scheduler import Scheduler
@@ -91,6 +91,7 @@ class _Builder:
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
                 runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
+            self._check_compiled(replace(found, activation_bytes=runner.activation_bytes))
         info = ModelInfo(
             name=config.model.served_name,
             architecture=model.architecture,
@@ -104,6 +105,14 @@ class _Builder:
             eos_ids=model.eos_ids,
         )
         return runner, Scheduler(limits, tables, frozenset(model.eos_ids)), info
+
+    def _check_compiled(self, found: Fit) -> None:
+        """That what the compiler says of the steps fits, too, where the estimate did."""
+        if found.short_bytes:
+            most = replace(found, budget_bytes=found.memory_bytes).most_pages
+            fewer = Remedy(Change((f"cache.pages={most}",)), replace(found, num_pages=most))
+            refused = refusal(found, [fewer] if most > 0 else [])
+            raise ConfigError(f"{self.config.model.path} does not fit: {refused}")
 
     def _load(self, mesh: Mesh, dtype: Any, kernels: Kernels) -> Any:
         _, abstract = abstract_weights(self.partition, dtype, kernels)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
+from serve.fit import activation_bytes
 from serve.packing import SAMPLING_WIDTH, padding_row, sampling_row
 from serve.plan import Sequence, StepPlan
 from serve.profile import Kind, Phase, Step, Work
@@ -111,6 +112,11 @@ class Runner:
                 pool.shutdown(cancel_futures=True)
         self._set_history(self.programs.limits.max_batch, [], [])
         self._is_warm = True
+
+    @property
+    def activation_bytes(self) -> int:
+        """What the compiled steps need of each device at most, beside weights and state."""
+        return max(map(activation_bytes, self._compiled.values()))
 
     def _bucket(self, plan: StepPlan) -> StepShape:
         """The smallest compiled shape that holds the plan."""

@@ -96,7 +96,7 @@ def fused_matmul(
             note_fallback("small_matmul", kernel, reason)
         else:
             multiply = partial(pallas_matmul.fused_matmul, interpret=INTERPRET[kernel])
-    elif kernel in ("cpu", "cpu_panels"):
+    elif kernel == "cpu":
         multiply = cpu_matmul.fused_matmul
     return multiply(x_ND, weight_DPF, norm=norm, activate=activate, residual_NF=residual_NF)
 

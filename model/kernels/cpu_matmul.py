@@ -29,8 +29,6 @@ def fused_matmul(
     XLA on CPU (jaxlib 0.11.2) reads the weight of a product with one row in bfloat16 at 1.4 GB/s,
     of one with two rows at 12: one row is computed as two.
     """
-    if weight_DPF.panelled is not None:
-        return xla_matmul.fused_matmul(x_ND, weight_DPF, product=multiply_panels, **around)
     if weight_DPF.numbers.dtype == jnp.int8:
         return xla_matmul.fused_matmul(x_ND, weight_DPF, product=multiply_int8, **around)
     if x_ND.shape[0] > 1 or x_ND.dtype != jnp.bfloat16:

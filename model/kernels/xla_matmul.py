@@ -29,7 +29,7 @@ def fused_matmul(
     rounded to x's dtype.
     """
     N = x_ND.shape[0]
-    _, parts, F = weight_DPF.shape
+    _, parts, F = weight_DPF.numbers.shape
     assert parts == (2 if activate else 1), "an activation takes two products"
     if norm is not None:
         x_ND = rms_norm(x_ND, norm)

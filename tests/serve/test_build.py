@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from model.checkpoint import CheckpointError
-from model.families import UnsupportedModel
+from model.families import UnsupportedModel, read_model_config
 from model.partition import load_weights
 from serve.build import build_engine
 from serve.client import Client
 from serve.commands import generate as generate_command
 from serve.config import ConfigError, make_config
 from serve.errors import InvalidRequest
-from serve.fit import fit
+from serve.fit import Served, fit
 from serve.front import Front
 from serve.request import SamplingParams
 from serve.runner import Runner
@@ -199,6 +199,21 @@ def test_too_many_pages_are_refused_before_weights_are_read_with_the_most_that_f
     assert build_engine(config, compile_ahead=False).info.num_pages == most
     with pytest.raises(ConfigError, match=f"pages={most} "):
         build_engine(configure(checkpoint, cache={"pages": most + 1}))
+
+
+def test_steps_that_need_more_than_the_estimate_are_refused_with_the_pages_that_fit(
+    checkpoint, monkeypatch
+):
+    """The estimate leaves out what is small but in a model as tiny as this."""
+    config = configure(checkpoint, cache={"pages": 50})
+    needed = fit(Served(config, read_model_config(checkpoint), "cpu"), 0).needed_bytes
+    monkeypatch.setattr("serve.build.device_memory_bytes", lambda device, mesh: needed)
+    with pytest.raises(ConfigError) as refused:
+        build_engine(config)
+    fitting = re.search(r"it fits with cache\.pages=(\d+) \(", str(refused.value))
+    assert fitting
+    engine = build_engine(configure(checkpoint, cache={"pages": int(fitting[1])}))
+    assert engine.info.num_pages == int(fitting[1]) > 1
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_before_weights_are_read(checkpoint, monkeypatch):
