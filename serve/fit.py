@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import psutil
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jax.stages import Compiled
 
 from model.config import ModelConfig
 from model.kernel_choice import XLA, Kernels, kernels_for
@@ -207,14 +206,6 @@ def largest_shapes(served: Served) -> list[StepShape]:
     loop = max(shapes, key=lambda shape: (shape.max_tokens, shape.num_decode))
     mixed = max(shapes, key=lambda shape: (shape.num_decode, shape.num_chunks))
     return [loop, mixed]
-
-
-def activation_bytes(compiled: Compiled) -> int:
-    """What the compiled step needs on each device beside its arguments: temporaries, and outputs
-    that take no argument's place."""
-    memory: Any = compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + outputs
 
 
 @cache

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from model.kernel_choice import Kernels, kernels_for
 from model.pages import Pages, empty_pages
@@ -161,6 +162,14 @@ class Programs:
 
     def shardings(self, specs: Any) -> Any:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
+
+
+def activation_bytes(compiled: Compiled) -> int:
+    """What the compiled step needs on each device beside its arguments: temporaries, and outputs
+    that take no argument's place."""
+    memory: Any = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + outputs
 
 
 def _is_spec(leaf: Any) -> bool:

@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
-from serve.fit import activation_bytes
 from serve.packing import SAMPLING_WIDTH, padding_row, sampling_row
 from serve.plan import Sequence, StepPlan
 from serve.profile import Kind, Phase, Step, Work
 from serve.program_cache import CompiledStep, ProgramCache, jax_cache_off
-from serve.programs import Programs, step_shapes
+from serve.programs import Programs, activation_bytes, step_shapes
 from serve.request import TokenLogprobs
 from serve.scheduler import RowResult
 

@@ -13,9 +13,10 @@ import itertools
 import logging
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ FILE_BYTES = 64 << 20  # large enough to stream, small enough that one in flight
 MIN_CHUNK_BYTES = 64 << 10  # below this a read is all latency
 CHUNKS_PER_FILE = 16  # along the cut axis: a share of an 8- or 16-way mesh is whole chunks
 WRITES_IN_FLIGHT = 2  # one being copied, one being written
-READERS = 8  # files read at once: disks of servers are slow with one request at a time
+FETCHERS = 8  # files read at once: disks of servers are slow with one request at a time
+READERS = 4  # files copied from memory at once; tensorstore has threads of its own for each
+AHEAD_BYTES = 256 << 20  # of the tensors that come next: enough to keep a disk busy meanwhile
 
 # The axis along which tensor parallelism usually cuts a weight. A hint for the chunks' shape; any
 # region can be read from any layout.
@@ -233,7 +236,10 @@ class OrbaxSource:
         # Mapped, files cost neither a copy nor memory to copy to: half the time of a processor.
         self._context = ts.Context({"file_io_mode": {"mode": "memmap"}})
         self._readers = ThreadPoolExecutor(READERS)
-        self._fetched: set[Path] = set()
+        self._fetchers = ThreadPoolExecutor(FETCHERS)
+        self._fetches: dict[Path, Future[None]] = {}
+        self._asked: set[str] = set()
+        self._asking = threading.Lock()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -245,6 +251,7 @@ class OrbaxSource:
         array = aligned_empty([cut.stop - cut.start for cut in region], spec.dtype)
         try:
             store = self._open(name)
+            self._fetch(name)
             sizes: Any = store.chunk_layout.write_chunk.shape
             reads = [
                 self._readers.submit(
@@ -276,23 +283,37 @@ class OrbaxSource:
         return self._stores[name]
 
     def _read_file(self, file: Path, stored: ts.TensorStore, target: np.ndarray) -> None:
-        self._fetch(file)
+        if file in self._fetches:
+            self._fetches[file].result()
         ts.array(target, copy=False).write(stored).result()
 
-    def _fetch(self, path: Path) -> None:
-        """Has the system read a file into its memory, once, since whoever reads a part of it soon
-        reads the others: in order and without copies it is faster than what mapping alone does."""
-        if path in self._fetched:
-            return
-        self._fetched.add(path)
-        with path.open("rb") as file, open(os.devnull, "wb") as nowhere:
-            done, size = 0, path.stat().st_size
-            try:
-                while done < size:
-                    done += os.sendfile(nowhere.fileno(), file.fileno(), done, size - done)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # of file systems that don't offer it
-                    raise
+    def _fetch(self, name: str) -> None:
+        """Has the system read a tensor's files into its memory, and those of the next ones, each
+        once: whoever reads one reads the others soon, and mapping alone reads little by little."""
+        num_bytes = -self._specs[name].num_bytes
+        with self._asking:
+            for other in itertools.dropwhile(lambda other: other != name, self._specs):
+                if num_bytes >= AHEAD_BYTES:
+                    return
+                num_bytes += self._specs[other].num_bytes
+                if other in self._asked:
+                    continue
+                self._asked.add(other)
+                for file in sorted((self._weights / other / "c").rglob("*")):
+                    if file.is_file():
+                        self._fetches[file] = self._fetchers.submit(_fetch, file)
+
+
+def _fetch(file: Path) -> None:
+    """Reads it without copying it anywhere: the system keeps it in memory."""
+    with file.open("rb") as source, open(os.devnull, "wb") as nowhere:
+        done, size = 0, file.stat().st_size
+        try:
+            while done < size:
+                done += os.sendfile(nowhere.fileno(), source.fileno(), done, size - done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of file systems that don't offer it
+                raise
 
 
 def _by_file(

@@ -20,7 +20,8 @@ from plan.described import KIND, MAX_DEVICES, CompilerMissing, compile_described
 from plan.hardware import Hardware, UnknownHardware, load_hardware
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.config import ConfigError, MeshSection, load_config
-from serve.fit import Fit, Served, activation_bytes, device_memory_bytes, fit, largest_shapes
+from serve.fit import Fit, Served, device_memory_bytes, fit, largest_shapes
+from serve.programs import activation_bytes
 from serve.progress import Progress
 from serve.remedies import Remedy, remedies
 from sharding.mesh import MeshError, MeshShape, make_meshes

@@ -7,8 +7,8 @@ import pytest
 
 from model.config import ModelConfig
 from serve.config import ConfigError, make_config
-from serve.fit import Served, activation_bytes, device_memory_bytes, fit, largest_shapes
-from serve.programs import step_shapes
+from serve.fit import Served, device_memory_bytes, fit, largest_shapes
+from serve.programs import activation_bytes, step_shapes
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, LATENT, MOE
 

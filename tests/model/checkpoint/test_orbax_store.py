@@ -74,18 +74,39 @@ def test_any_region_is_what_numpy_cuts(written, data):
     np.testing.assert_array_equal(source.read("gate_up", region), ARRAYS["gate_up"][region])
 
 
-def test_a_file_is_fetched_once_however_many_regions_are_read_of_it(written, monkeypatch):
-    fetched: list[int] = []
+@pytest.fixture
+def fetched(monkeypatch):
+    """The files that were read ahead, instead of reading them."""
+    found: list[int] = []
 
     def sendfile(out, into, offset, count):
-        fetched.append(os.fstat(into).st_ino)
+        found.append(os.fstat(into).st_ino)
         return count
 
     monkeypatch.setattr("os.sendfile", sendfile)
+    return found
+
+
+def inodes(directory, *names):
+    return {file.stat().st_ino for name in names for file in files_of(directory, name)}
+
+
+def test_a_file_is_fetched_once_however_many_regions_are_read_of_it(written, fetched, monkeypatch):
+    monkeypatch.setattr(orbax_store, "AHEAD_BYTES", 0)
     source = OrbaxSource(written)
     for place in range(33):
         source.read("gate_up", (slice(None), slice(None), slice(place, place + 1)))
-    assert len(fetched) == len(set(fetched)) == len(files_of(written, "gate_up"))
+    assert len(fetched) == len(set(fetched))
+    assert set(fetched) == inodes(written, "gate_up")
+
+
+def test_the_tensors_that_come_next_are_fetched_ahead(written, fetched, monkeypatch):
+    names = list(OrbaxSource(written).specs)
+    monkeypatch.setattr(orbax_store, "AHEAD_BYTES", ARRAYS[names[2]].nbytes + 1)
+    source = OrbaxSource(written)
+    source.read(names[1])
+    source._fetchers.shutdown()
+    assert set(fetched) == inodes(written, *names[1:])
 
 
 def test_a_file_system_that_cannot_fetch_is_read_all_the_same(written, monkeypatch):
