@@ -64,6 +64,7 @@ def test_tensors_of_many_files_are_read_whole(written):
         read = source.read(name)
         assert read.dtype == array.dtype
         assert read.tobytes() == array.tobytes()
+    finish(source)
 
 
 @given(st.data())
@@ -72,6 +73,12 @@ def test_any_region_is_what_numpy_cuts(written, data):
     cuts = [data.draw(st.tuples(*[st.integers(0, size)] * 2).map(sorted)) for size in SHAPE]
     region = tuple(slice(*cut) for cut in cuts)
     np.testing.assert_array_equal(source.read("gate_up", region), ARRAYS["gate_up"][region])
+    finish(source)
+
+
+def finish(source: OrbaxSource) -> None:
+    """Waits for what it reads ahead, or a later test would find files that it did not ask for."""
+    source._fetchers.shutdown()
 
 
 @pytest.fixture
@@ -105,7 +112,7 @@ def test_the_tensors_that_come_next_are_fetched_ahead(written, fetched, monkeypa
     monkeypatch.setattr(orbax_store, "AHEAD_BYTES", ARRAYS[names[2]].nbytes + 1)
     source = OrbaxSource(written)
     source.read(names[1])
-    source._fetchers.shutdown()
+    finish(source)
     assert set(fetched) == inodes(written, *names[1:])
 
 
