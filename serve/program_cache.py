@@ -98,7 +98,7 @@ class ProgramCache:
         try:
             entry = _Entry(*serialize_executable.serialize(step.program), step.fallbacks)
             self._write(self._path(key), bytes.fromhex(key) + pickle.dumps(entry))
-        except (OSError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             log.warning("a compiled program is not kept for the next start: %s", error)
 
     def _path(self, key: str) -> Path:
