@@ -3,8 +3,9 @@
     weft bench start MODEL --set model.dtype=float32
 
 Each start is a process of its own (`bench/start_worker.py`), with the weights' files dropped from
-memory before it if the system lets go of them; between starts plain reads of the same files say
-what the disk gives. It does not know how to start an engine.
+memory before it if the system lets go of them. Between starts plain reads of the same files say
+what the disk gives under the same conditions: where the devices are CPUs, whose weights stay in the
+host's memory, the reads keep what they read. It does not know how to start an engine.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from bench.disk import READERS, forget, read_s, weight_files
+from bench.disk import READERS, forget, read_apart_s, weight_files
 from bench.report import Machine, this_machine
 from bench.start_worker import LOAD, STAGES, Start
 from model.families import read_model_config
@@ -45,7 +46,12 @@ class Report:
     is_cold: bool
     """Whether the files were read from the disk, not from memory."""
     disk_s: list[float]
-    """Of plain reads of them, one before each later start."""
+    """Of plain reads of them, before each later start."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights stay in the host's memory, and plain reads were to keep them likewise."""
+        return self.first.platform == "cpu"
 
     @property
     def load_share(self) -> float:
@@ -92,7 +98,7 @@ class Report:
             f"on devices; read {'from the disk' if self.is_cold else 'from memory'} at "
             f"{self.file_bytes / load_s / 1e9:.2f} GB/s, {self.load_share:.0%} of the "
             f"{self.file_bytes / statistics.median(self.disk_s) / 1e9:.2f} GB/s of plain reads by "
-            f"{READERS} threads.",
+            f"{READERS} threads{', which keep what they read' if self.keeps else ''}.",
             f"{machine.cpu}, {machine.num_cores} cores, {machine.memory_gib:.0f} GiB, Python "
             f"{machine.python}, load before {machine.load_before:.1f}; commit {machine.commit}"
             f"{' with changes' if machine.dirty else ''}; "
@@ -125,7 +131,7 @@ def run(model: Path, overrides: Sequence[str] = (), repeats: int = 3) -> Report:
         first = _start(config, kept)
         for _ in range(repeats):
             is_cold &= forget(files)
-            disk_s.append(read_s(files))
+            disk_s.append(read_apart_s(directory, keep=first.platform == "cpu"))
             is_cold &= forget(files)
             later.append(_start(config, kept))
     return Report(

@@ -29,6 +29,8 @@ class Start:
     """Where the time of a start went."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    platform: str = ""
+    """JAX's, of the devices."""
     weight_bytes: int = 0
     """On the devices, all replicas together."""
     num_programs: int = 0
@@ -96,7 +98,7 @@ def run(watch: Stopwatch, values: dict[str, Any]) -> Start:
     watch.ended(CONFIGURE)
     ensure_devices(config.mesh)
     keep_compiled_programs()
-    jax.devices()
+    watch.start.platform = jax.devices()[0].platform
     watch.ended(DEVICES)
     engine = build_engine(config, watch.reporter())
     watch.ended(ALLOCATE)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.disk import forget, read_s, weight_files
+from bench.disk import forget, read_apart_s, read_s, weight_files
 
 
 @pytest.fixture
@@ -28,8 +28,28 @@ def test_weights_of_a_converted_checkpoint_are_its_arrays(files, tmp_path):
     assert weight_files(tmp_path) == [tmp_path / "weights" / "head" / "c" / "0"]
 
 
-def test_reading_takes_time(files):
-    assert read_s(files) > 0
+@pytest.mark.parametrize("keep", [False, True])
+def test_every_byte_is_read(files, keep, monkeypatch):
+    monkeypatch.setattr("bench.disk.BLOCK_BYTES", 100_000)
+    before = _bytes_read()
+    assert read_s(files, keep) > 0
+    assert _bytes_read() - before >= 3 << 20
+
+
+def _bytes_read() -> int:
+    """By this process, from wherever."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_reads_apart_are_of_a_process_of_its_own(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.disk.read_s", None)
+    assert read_apart_s(tmp_path, keep=True) > 0
+
+
+def test_small_files_that_stay_in_memory_do_not_count(files, monkeypatch, tmp_path):
+    (tmp_path / "zarr.json").write_text("{}")
+    monkeypatch.setattr("bench.disk._share_in_memory", lambda path: path.name == "zarr.json")
+    assert forget([*files, tmp_path / "zarr.json"])
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):

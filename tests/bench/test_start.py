@@ -36,6 +36,7 @@ def test_a_start_is_timed_from_its_creation_to_its_first_token(checkpoint, monke
     assert all(taken >= 1 for taken in found.seconds.values()), "each stage was met"
     assert found.total_s == next(seconds) - 101, "and nothing is left out"
     assert found.weight_bytes > 2 * 101 * 32 * 2, "the embedding and the head alone take as much"
+    assert found.platform == "cpu"
     assert found.num_programs == 3
     assert 0 <= found.num_kept <= 3
 
@@ -50,10 +51,10 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seconds = dict.fromkeys(STAGES, 0.0)
         seconds["programs"] = 8.0 if len(found) == 1 else 5.0 - len(found)
         seconds[LOAD] = 2.0
-        return Start(seconds, 10**9, 16, 0 if len(found) == 1 else 16)
+        return Start(seconds, "gpu", 10**9, 16, 0 if len(found) == 1 else 16)
 
     monkeypatch.setattr(start, "_start", a_start)
-    monkeypatch.setattr(start, "read_s", lambda files: 1.0)
+    monkeypatch.setattr(start, "read_apart_s", lambda checkpoint, keep: 2.0 if keep else 1.0)
     monkeypatch.setattr(start, "forget", lambda files: True)
     return found
 
@@ -77,6 +78,15 @@ def test_a_report_tells_medians_and_the_share_of_the_disks_rate(checkpoint, star
     assert f"{checkpoint} model.dtype=float32." in text
     figures = json.loads(report.to_json())["figures"]
     assert figures == {"first_s": 10.0, "second_s": 4.0, "load_share": 0.5}
+
+
+def test_reads_keep_what_they_read_where_the_hosts_memory_is_the_devices(checkpoint, monkeypatch):
+    seconds = dict.fromkeys(STAGES, 4.0)
+    monkeypatch.setattr(start, "_start", lambda *_: Start(seconds, "cpu"))
+    monkeypatch.setattr(start, "read_apart_s", lambda checkpoint, keep: 2.0 if keep else 1.0)
+    report = run(checkpoint, repeats=1)
+    assert report.load_share == 0.5
+    assert "by 8 threads, which keep what they read" in report.to_markdown()
 
 
 def test_reads_from_memory_are_called_so(checkpoint, starts, monkeypatch):
