@@ -20,7 +20,7 @@ READERS = 8
 """Disks of servers are slow with one request at a time; more than as many gained nothing here."""
 BLOCK_BYTES = 8 << 20
 COLD = 0.05
-"""As much of the files may still be in memory: small ones tend to stay, and some pages of others."""
+"""As much of the files may still be in memory: small ones tend to stay, as do some pages."""
 SAMPLES = 8
 SETTLE_S = 3.0
 """Hosts of virtual machines take back what has just become free, in a second or two; then memory

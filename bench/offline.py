@@ -9,7 +9,6 @@ not know how engines work (`bench/peers`) or how figures are shown (`bench/repor
 import argparse
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from bench.measure import (
 from bench.peers.environment import ROOT, PeerUnavailableError
 from bench.peers.registry import PEERS, peer_command, weft_command
 from bench.peers.worker import Worker, WorkerError
+from bench.random_model import random_model
 from bench.report import Report, Workload, this_machine
 from model.families import read_model_config
 from model.weights import shapes
@@ -102,7 +102,7 @@ def run(
     """
     check(peers, runs, dtype)
     machine = this_machine(ROOT)
-    directory = model or random_model(cache, tell)
+    directory = model or random_model(RANDOM_MODEL, cache, tell)
     description = f"{'random ' if model is None else ''}{describe(directory)}, run in {dtype}"
     not_measured: dict[str, str] = {}
     with ExitStack() as stack:
@@ -158,24 +158,6 @@ def bars(dtype: str, peers: Sequence[str]) -> dict[str, dict[str, float]]:
         }
         for peer in peers
     }
-
-
-def random_model(cache: Path, tell: Tell) -> Path:
-    """The directory of RANDOM_MODEL, written if need be. Raises ValueError outside a checkout."""
-    directory = cache / "bench" / "-".join(map(str, RANDOM_MODEL.values()))
-    if (directory / "config.json").is_file():
-        return directory
-    if not (ROOT / "tools" / "random_checkpoint.py").is_file():
-        raise ValueError(
-            "no MODEL is named, and what makes a random one, tools/random_checkpoint.py, is not "
-            "installed; name a model directory, or run from a checkout of Weft"
-        )
-    tell(f"writing a random model to {directory}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    options = [f"--{name}={value}" for name, value in RANDOM_MODEL.items()]
-    command = [sys.executable, "-m", "tools.random_checkpoint", str(directory.absolute())]
-    subprocess.run([*command, *options], cwd=ROOT, check=True)
-    return directory
 
 
 def describe(directory: Path) -> str:

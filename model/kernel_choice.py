@@ -28,22 +28,26 @@ class Kernels:
     """Experts over the tokens that were routed to them."""
 
 
-NAMES = ("xla", "cpu", "pallas", "pallas_interpreted")
-"""The reference in plain XLA; XLA in a form that suits CPUs; our own kernels for GPUs; the same
-interpreted, slowly, on any device. Of experts by cpu `Partition.suited` makes cpu_apart where each
-expert's weights can be arrays of their own."""
+NAMES = ("xla", "xla_8bit", "cpu", "pallas", "pallas_interpreted")
+"""The reference in plain XLA; XLA with activations rounded to the weight's 8 bits, which costs
+quality; XLA in a form that suits CPUs; our own kernels for GPUs; the same interpreted, slowly, on
+any device. Of experts by cpu `Partition.suited` makes cpu_apart where each expert's weights can be
+arrays of their own."""
 
 XLA = Kernels()
 CHOSEN = {
-    "cpu": Kernels(decode_attention="cpu", small_matmul="cpu", experts="cpu"),
+    "cpu": Kernels("cpu", "cpu", small_matmul="cpu", experts="cpu"),
     "gpu": Kernels("pallas", "pallas", "pallas", "xla", "pallas"),
 }
 """By JAX's platform; docs/performance.md has what was measured on CPUs. On GPUs nothing is measured
 yet: there XLA alone gathers keys and values to memory before it reads them, about three times the
 traffic, and computes every expert for every token; but its products are tuned on the device."""
 
-CPU_OPERATIONS = ("decode_attention", "small_matmul", "experts")
-"""Those that have a kernel cpu."""
+OPERATIONS_OF = {
+    "cpu": ("decode_attention", "prefill_attention", "small_matmul", "experts"),
+    "xla_8bit": ("small_matmul",),
+}
+"""Of the kernels that not every operation has."""
 
 
 def kernels_for(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
@@ -54,8 +58,8 @@ def kernels_for(platform: str, asked: Mapping[str, str] | None = None) -> Kernel
     wanted = {name: kernel for name, kernel in (asked or {}).items() if kernel != "auto"}
     kernels = replace(CHOSEN.get(platform, XLA), **wanted)
     for operation, kernel in asdict(kernels).items():
-        if kernel == "cpu" and operation not in CPU_OPERATIONS:
-            raise ValueError(f"kernels.{operation} has no kernel cpu; set it to auto or xla")
+        if operation not in OPERATIONS_OF.get(kernel, (operation,)):
+            raise ValueError(f"kernels.{operation} has no kernel {kernel}; set it to auto or xla")
         if kernel == "pallas" and platform != "gpu":
             raise ValueError(
                 f"kernels.{operation} is pallas, which compiles for GPUs only, and the devices are "

@@ -8,8 +8,9 @@ would be left without a layer get one of zeros, which is the identity. It does n
 
 import math
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from model.kernel_choice import XLA, Kernels
 from model.kernels.cpu_experts import MOST_APART
 from model.panels import to_panels
 from model.rope import inverse_frequencies
-from model.weights import shapes
+from model.weights import QUANTIZED_DTYPES, shapes
 from sharding.mesh import STAGE, TENSOR, MeshError, MeshShape
 from sharding.rules import weight_spec
 
@@ -152,12 +153,17 @@ def fitting_meshes(config: ModelConfig, num_devices: int) -> list[MeshShape]:
 def abstract_weights(
     partition: Partition, dtype: jnp.dtype, kernels: Kernels = XLA
 ) -> tuple[Any, Any]:
-    """The decoder's graph, and its weights as shapes: layers stacked over stages in front."""
+    """The decoder's graph, and its weights as shapes: layers stacked over stages in front.
+
+    Where products are a CPU's, fp8 weights are in `dtype`, which holds the same numbers.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: partition.decoder(dtype, kernels)))
 
     def stack(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         stages = (partition.stages,) if _name(path).startswith("layers.") else ()
-        return jax.ShapeDtypeStruct((*stages, *leaf.shape), leaf.dtype)
+        # XLA on CPU would turn them into floats in memory at each product.
+        widened = kernels.small_matmul == "cpu" and leaf.dtype == QUANTIZED_DTYPES["fp8"]
+        return jax.ShapeDtypeStruct((*stages, *leaf.shape), dtype if widened else leaf.dtype)
 
     return graph, jax.tree_util.tree_map_with_path(stack, state)
 
@@ -179,14 +185,29 @@ def load_weights(
     progress: Callable[[str, int], None] = lambda name, num_bytes: None,
     kernels: Kernels = XLA,
 ) -> Any:
-    """The decoder's weights on `mesh`; each shard is read straight for its devices.
+    """The decoder's weights on `mesh`.
 
-    What is on its way takes no more of the host's memory than a shard of the largest weight for
-    each device. `progress` is called with a weight's name and its bytes, all shards together.
+    `progress` is called with a weight's name and its bytes, all shards together.
+    """
+    _, abstract = abstract_weights(partition, dtype, kernels)
+    weights: list[jax.Array] = []
+    for name, weight in stream_weights(partition, source, mesh, abstract):
+        weights.append(weight)
+        progress(name, weight.nbytes)
+    return jax.tree.unflatten(jax.tree.structure(abstract), weights)
+
+
+def stream_weights(
+    partition: Partition, source: Source, mesh: Mesh, abstract: Any
+) -> Iterator[tuple[str, jax.Array]]:
+    """The weights of the tree `abstract`, from `abstract_weights`, on `mesh`, each with its name.
+
+    Each shard is read straight for its devices, several at once, and ahead of who takes them. What
+    is on its way takes no more of the host's memory than a shard of the largest weight for each
+    device.
     """
     assert dict(mesh.shape) == {STAGE: partition.stages, TENSOR: partition.tensor}
-    _, abstract = abstract_weights(partition, dtype, kernels)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
     leaves = [(_name(path), _expert(path), leaf) for path, leaf in leaves]
     cuts = [NamedSharding(mesh, weight_spec(name)) for name, _, _ in leaves]
     shard_bytes = [
@@ -203,10 +224,9 @@ def load_weights(
             shard = aligned_as(read, leaf.dtype)
             return jax.block_until_ready([jax.device_put(shard, device) for device in holders])
 
-    weights: list[jax.Array] = []
     with ThreadPoolExecutor(LOADERS) as pool:
         try:
-            loads = [
+            loads = deque(
                 [
                     pool.submit(load, name, expert, leaf, num_bytes, index, holders)
                     for index, holders in _holders(cut, leaf.shape).items()
@@ -214,14 +234,19 @@ def load_weights(
                 for (name, expert, leaf), num_bytes, cut in zip(
                     leaves, shard_bytes, cuts, strict=True
                 )
-            ]
-            for (name, _, leaf), cut, shards in zip(leaves, cuts, loads, strict=True):
-                arrays = [array for shard in shards for array in shard.result()]
-                weights.append(jax.make_array_from_single_device_arrays(leaf.shape, cut, arrays))
-                progress(name, leaf.size * leaf.dtype.itemsize)
+            )
+            for (name, _, leaf), cut in zip(leaves, cuts, strict=True):
+                yield name, _joined(cut, leaf.shape, loads.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
-    return jax.tree.unflatten(tree, weights)
+
+
+def _joined(
+    cut: NamedSharding, shape: tuple[int, ...], shards: Sequence[Future[list[jax.Array]]]
+) -> jax.Array:
+    """The weight whose shards those are, once they have arrived."""
+    arrays = [array for shard in shards for array in shard.result()]
+    return jax.make_array_from_single_device_arrays(shape, cut, arrays)
 
 
 def _holders(cut: NamedSharding, shape: tuple[int, ...]) -> dict[Region, list[Any]]:

@@ -41,6 +41,11 @@ class StepShape:
     def num_rows(self) -> int:
         return self.num_decode + self.num_chunks
 
+    @property
+    def num_tokens(self) -> int:
+        """That are computed at once."""
+        return self.num_decode + self.num_chunks * self.chunk
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

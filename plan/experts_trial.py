@@ -32,7 +32,7 @@ class Experts(Trial):
         self.routed_EN = self._route()
         D, rows = self.model.hidden_size, kernel.rows
         expert = 3 * D * self.size
-        weight_bytes = int(self.routed_EN.any(axis=1).sum()) * expert * self.dtype.itemsize
+        weight_bytes = int(self.routed_EN.any(axis=1).sum()) * expert * self.stored.itemsize
         self.moved_bytes = weight_bytes + rows * D * (self.dtype.itemsize + 4)
         self.flops = 2 * rows * self.top_k * expert
         self.num_weights = min(MOST_CALLS // 2, max(2, kernel.cold_bytes // weight_bytes))
@@ -51,13 +51,13 @@ class Experts(Trial):
         E, D, F = self.num_experts, self.model.hidden_size, self.size
         shapes = ((E, D, 2, F), (E, F, D))
         stacked = [
-            [self.random(10 * i + j, shape) / shape[1] ** 0.5 for j, shape in enumerate(shapes)]
+            [self.weight(10 * i + j, shape, summed=1) for j, shape in enumerate(shapes)]
             for i in range(1, self.num_weights + 1)
         ]
         # The reference makes them for all kernels, of which a CPU's takes few experts apart.
         apart: list[Any] = []
         if jax.default_backend() == "cpu" and E <= MOST_APART:
-            apart = [[_apart(numbers) for numbers in pair] for pair in stacked]
+            apart = [[_apart(*weight) for weight in pair] for pair in stacked]
         x_ND = self.random(0, (self.kernel.rows, D))
         return x_ND, jnp.asarray(self.routed_EN), stacked, apart
 
@@ -77,8 +77,8 @@ class Experts(Trial):
     def _own(self, stacked, apart):
         """The weights in the form that the kernel takes."""
         if self.kernel.kernel == "cpu" and apart:
-            return [[list(map(Matrix, numbers)) for numbers in pair] for pair in apart]
-        return [list(map(Matrix, pair)) for pair in stacked]
+            return [[[Matrix(*one) for one in weight] for weight in pair] for pair in apart]
+        return [[Matrix(*weight) for weight in pair] for pair in stacked]
 
     def _compute(self, x_ND, routed_EN, weights):
         return kernels.experts(
@@ -91,10 +91,11 @@ class Experts(Trial):
         )
 
     def refusal(self, x_ND, routed_EN, stacked, apart) -> str:
-        return pallas_experts.uncovered(*map(Matrix, stacked[0]))
+        return pallas_experts.uncovered(*(Matrix(*weight) for weight in stacked[0]))
 
 
-def _apart(numbers: jax.Array) -> list[jax.Array]:
-    """Each expert's in panels."""
+def _apart(numbers: jax.Array, *scales: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Each expert's, its numbers in panels."""
     panels, depth, columns = apart_shape(numbers.shape[1:], numbers.dtype)
-    return list(numbers.reshape(-1, depth, panels, columns).swapaxes(1, 2))
+    in_panels = numbers.reshape(-1, depth, panels, columns).swapaxes(1, 2)
+    return list(zip(in_panels, *scales, strict=True))

@@ -44,8 +44,8 @@ AT_ONCE = 8
 """Points whose programs are compiled together: with more, the first would wait long."""
 
 ENVIRONMENT = {
-    # Pages take what they can get; JAX alone would leave a quarter of the memory unused.
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    # As `weft serve` takes it (serve/commands/devices.py, which needs more packages).
+    "XLA_CLIENT_MEM_FRACTION": "0.95",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     # What was compiled and tuned once need not be in the next process, nor in the next run.
     "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -54,6 +54,8 @@ ENVIRONMENT = {
     # Peers would look for newer kernels.
     "HF_HUB_OFFLINE": "1",
 }
+OLDER_NAMES = {"XLA_CLIENT_MEM_FRACTION": "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+"""JAX refuses both at once."""
 FOR_PEERS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """The process that starts a peer leaves it the device's memory."""
 
@@ -161,7 +163,11 @@ def _stages(experiment: Experiment) -> Iterator[tuple[bool, Experiment]]:
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """What workers inherit meanwhile; what the user has set stays."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
+    new = {
+        name: value
+        for name, value in values.items()
+        if name not in os.environ and not os.environ.get(OLDER_NAMES.get(name, name))
+    }
     os.environ.update(new)
     try:
         yield

@@ -96,9 +96,10 @@ class Results:
         )
 
     def find(self, kind: str, **settings: Any) -> list[Record]:
-        """What was measured with these settings, and with no variant of kernels, flags or pages."""
+        """What was measured with these settings, and with no variant of weights, kernels, flags
+        or pages that they don't name."""
         plain = {"kernels": "auto", "flags": "", "cache_dtype": "auto", "dtype": "auto"}
-        plain |= {"max_steps": Serving.max_steps} | settings
+        plain |= {"quantization": "none", "max_steps": Serving.max_steps} | settings
         return [
             record
             for record in self.ok(kind)

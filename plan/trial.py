@@ -56,11 +56,11 @@ class Trial(ABC):
 
     @abstractmethod
     def refusal(self, *arguments: Any) -> str:
-        """Why Pallas can't take these, by their shapes; empty when it can."""
+        """Why the kernel, one of ours or of 8 bits, can't take these; empty when it can."""
 
     def uncovered(self) -> str:
         """Why the kernel can't take this shape; empty when it can."""
-        if not self.kernel.kernel.startswith("pallas"):
+        if not (self.by_pallas or self.kernel.kernel == "xla_8bit"):
             return ""
         said: list[str] = []
         jax.eval_shape(lambda: said.append(self.refusal(*self.make())))
@@ -76,6 +76,22 @@ class Trial(ABC):
 
     def random(self, seed: int, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
         return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, dtype or self.dtype)
+
+    def weight(self, seed: int, shape: tuple[int, ...], summed: int = 0) -> tuple[jax.Array, ...]:
+        """Of a product that sums over the axis `summed`: its numbers and, of 8 bits, its scale."""
+        numbers, depth = self.random(seed, shape), shape[summed]
+        if self.kernel.weight_dtype == "auto":
+            return (numbers / depth**0.5,)
+        spread = 30
+        channels = shape[:summed] + shape[summed + 1 :]
+        scale = (1 + self.random(seed + 1000, channels, jnp.float32) / 8) / spread
+        return jnp.clip(numbers * spread, -127, 127).astype(self.stored), scale / depth**0.5
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """What a weight's numbers are of."""
+        weight_dtype = self.kernel.weight_dtype
+        return self.dtype if weight_dtype == "auto" else jnp.dtype(weight_dtype)
 
     def pages(self, num_pages: int) -> Pages:
         """Pages full of random numbers."""

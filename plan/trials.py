@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model import kernels
 from model.config import ModelConfig
-from model.kernels import pallas_matmul, pallas_rotate, xla_matmul, xla_rotate
+from model.kernel_choice import Kernels
+from model.kernels import pallas_matmul, pallas_rotate, xla_8bit_matmul, xla_rotate
 from model.linear import Matrix, Norm
 from model.mlp import activation
 from plan.attention_trial import Attention
@@ -102,33 +103,25 @@ class Product(Trial):
         super().__init__(kernel)
         self.depth, self.parts, self.width = _weight_shape(self.model, kernel.weight)
         self.has_norm = kernel.weight in ("qkv", "gate_up")
-        stored = self.dtype if kernel.weight_dtype == "auto" else jnp.dtype(kernel.weight_dtype)
-        weight_bytes = self.depth * self.parts * self.width * stored.itemsize
+        weight_bytes = self.depth * self.parts * self.width * self.stored.itemsize
         numbers = self.depth + self.width * (1 if self.has_norm else 2)
         self.moved_bytes = weight_bytes + kernel.rows * numbers * self.dtype.itemsize
         self.flops = 2 * kernel.rows * self.depth * self.parts * self.width
         self.num_weights = min(MOST_CALLS // 2, max(2, kernel.cold_bytes // weight_bytes))
         self.num_calls = LONG_CALLS * self.num_weights
+        if kernel.kernel == "xla_8bit":
+            # x has 4 significant bits, and gate times up errors of both.
+            self.tolerance = 0.1
 
     def make(self) -> Any:
         rows = self.kernel.rows
         shape = (self.depth, self.parts, self.width)
         return (
             self.random(0, (rows, self.depth)),
-            [self._weight(10 + i, shape) for i in range(self.num_weights)],
+            [self.weight(10 + i, shape) for i in range(self.num_weights)],
             self.random(1, (self.depth,)) if self.has_norm else None,
             None if self.has_norm else self.random(2, (rows, self.width)),
         )
-
-    def _weight(self, seed: int, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-        """Its numbers and, of 8 bits, its scale."""
-        numbers = self.random(seed, shape)
-        if self.kernel.weight_dtype == "auto":
-            return (numbers / self.depth**0.5,)
-        spread = 30
-        scale = (1 + self.random(seed + 1000, shape[1:], jnp.float32) / 8) / spread
-        stored = jnp.clip(numbers * spread, -127, 127).astype(self.kernel.weight_dtype)
-        return stored, scale / self.depth**0.5
 
     def one(self, x_ND, weights, norm_D, residual_NF):
         return self._multiply(x_ND, weights[0], norm_D, residual_NF).astype(jnp.float32)
@@ -143,10 +136,8 @@ class Product(Trial):
         return lax.scan(turn, empty, jnp.arange(LONG_CALLS))[0]
 
     def _multiply(self, x_ND, weight, norm_D, residual_NF):
-        multiply: Callable[..., jax.Array] = xla_matmul.fused_matmul
-        if self.by_pallas:
-            multiply = partial(pallas_matmul.fused_matmul, interpret=self.interpret)
-        return multiply(
+        return kernels.fused_matmul(
+            Kernels(small_matmul=self.kernel.kernel),
             x_ND,
             Matrix(*weight),
             norm=None if norm_D is None else Norm(norm_D, self.model.norm_eps),
@@ -154,7 +145,9 @@ class Product(Trial):
             residual_NF=residual_NF,
         )
 
-    def refusal(self, x_ND, *_) -> str:
+    def refusal(self, x_ND, weights, *_) -> str:
+        if self.kernel.kernel == "xla_8bit":
+            return xla_8bit_matmul.uncovered(Matrix(*weights[0]))
         if self.kernel.rows > pallas_matmul.MOST_ROWS:
             return f"{self.kernel.rows} rows, of {pallas_matmul.MOST_ROWS} possible"
         return pallas_matmul.uncovered(x_ND)

@@ -39,11 +39,13 @@ def build_engine(
     progress: Reporter = Silent,
     clock: Callable[[], float] = time.monotonic,
     compile_ahead: bool = True,
+    check: Callable[[ModelInfo], None] = lambda info: None,
 ) -> Engine | Replicas:
     """Loads and compiles what `config` asks for; the caller starts and stops it.
 
     Without `compile_ahead` each program is compiled when a step first needs it: for work whose
-    time doesn't matter, such as a few prompts offline.
+    time doesn't matter, such as a few prompts offline. Before weights are read, `check` is told
+    what each replica will serve, and may end the start by raising.
 
     Raises ConfigError, CheckpointError, UnsupportedModel or MeshError, which say what to change.
     """
@@ -58,7 +60,7 @@ def build_engine(
     partition = Partition(model, shape.stage, shape.tensor)
     meshes = make_meshes(shape)
     source = open_checkpoint(directory)
-    builder = _Builder(config, partition, source, progress, compile_ahead, beside_jax())
+    builder = _Builder(config, partition, source, progress, compile_ahead, check, beside_jax())
     engines: list[Engine] = []
     for i, mesh in enumerate(meshes):
         runner, scheduler, info = builder.replica(mesh)
@@ -76,13 +78,28 @@ class _Builder:
     source: TensorSource
     progress: Reporter
     compile_ahead: bool
+    check: Callable[[ModelInfo], None]
     kept: ProgramCache | None
 
     def replica(self, mesh: Mesh) -> tuple[Runner, Scheduler, ModelInfo]:
         config, model = self.config, self.partition.config
         served = Served(config, model, mesh.devices.flat[0].platform)
         limits, dtype, kernels = served.limits, served.dtype, served.kernels
-        found = self._fit(served, mesh)  # refused, if at all, before the weights are read
+        # Refused, if at all, before the weights are read.
+        found = self._fit(served, mesh)
+        info = ModelInfo(
+            name=config.model.served_name,
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_context=limits.max_context,
+            dtype=dtype.name,
+            mesh=dict(mesh.shape) | {"data": 1},
+            num_pages=found.num_pages,
+            page_size=found.page_size,
+            max_batch=limits.max_batch,
+            eos_ids=model.eos_ids,
+        )
+        self.check(info)
         weights = self._load(mesh, dtype, kernels)
         pool = PagePool(found.num_pages + 1, found.page_size)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
@@ -92,18 +109,6 @@ class _Builder:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
                 runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
             self._check_compiled(replace(found, activation_bytes=runner.activation_bytes))
-        info = ModelInfo(
-            name=config.model.served_name,
-            architecture=model.architecture,
-            vocab_size=model.vocab_size,
-            max_context=limits.max_context,
-            dtype=dtype.name,
-            mesh=dict(mesh.shape) | {"data": 1},
-            num_pages=pool.num_usable,
-            page_size=pool.page_size,
-            max_batch=limits.max_batch,
-            eos_ids=model.eos_ids,
-        )
         return runner, Scheduler(limits, tables, frozenset(model.eos_ids)), info
 
     def _check_compiled(self, found: Fit) -> None:

@@ -136,13 +136,41 @@ def convert(
     quantize: Annotated[
         Quantization | None, typer.Option(help="Weights of products in 8 bits.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Round for what the model computes (GPTQ): better, and slower."
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibrate on this text, not on what the model writes itself.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="To calibrate on.")] = 16_384,
     to: Annotated[Format, typer.Option(help="Orbax to serve from, hf for others.")] = Format.ORBAX,
 ) -> None:
     """Convert a checkpoint, verified, and all or nothing."""
+    if calibrate and quantize is None:
+        raise typer.BadParameter("--calibrate is of a quantization; give --quantize int8 or fp8")
+    if text is not None and not calibrate:
+        raise typer.BadParameter("--text is to calibrate on; give --calibrate, too")
+
     from serve.commands import convert as command
 
     to_dtype = None if dtype is Dtype.AUTO else dtype.value
-    command.run(source, destination, to_dtype, quantize.value if quantize else None, to.value)
+    command.run(
+        source,
+        destination,
+        to_dtype,
+        quantize.value if quantize else None,
+        command.Calibration(tokens, text) if calibrate else None,
+        to.value,
+    )
 
 
 @bench.command()
@@ -197,6 +225,24 @@ def start(
     from bench.start import run
 
     report = run(model, overrides or [], repeats)
+    print(report.to_json() if json else report.to_markdown())
+
+
+@bench.command()
+def long(
+    model: Annotated[
+        Path | None, typer.Argument(help="A checkpoint; a small random one unless told.")
+    ] = None,
+    overrides: Overrides = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the long prompt.")] = 200_000,
+    streams: Annotated[int, typer.Option(min=1, help="Others, that decode meanwhile.")] = 15,
+    json: Json = False,
+) -> None:
+    """Compute a long prompt beside others' streams, and say what they notice."""
+    from bench.long import Load, run
+
+    load = Load(num_prompt=prompt, num_streams=streams)
+    report = run(model, overrides or [], load, tell=lambda line: print(line, file=sys.stderr))
     print(report.to_json() if json else report.to_markdown())
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
-Kernel = Literal["auto", "xla", "cpu", "pallas", "pallas_interpreted"]
+Kernel = Literal["auto", "xla", "xla_8bit", "cpu", "pallas", "pallas_interpreted"]
 Tables = dict[str, Any]
 """A TOML file as read: mostly tables in a table, until it is checked."""
 
@@ -26,7 +26,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants"
+    )
 
 
 class ModelSection(Section):
@@ -94,6 +96,9 @@ class ScheduleSection(Section):
     """Tokens a row advances in one device call when nobody waits."""
     chunk: Count = 64
     """Most prompt tokens of one prefill row."""
+    max_slowdown: Annotated[float, Field(gt=1)] = 3.0
+    """Where some decode, how many times as long as without it a step with prompt may take: more
+    lets prompts be done sooner, less keeps streams even. inf: token_budget alone bounds it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of requests that bring none."""
 

@@ -5,8 +5,9 @@ says of it. It does not compile, nor know what would make a configuration fit (`
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 import psutil
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from model.config import ModelConfig
+from model.config import Layer, ModelConfig
 from model.kernel_choice import XLA, Kernels, kernels_for
 from model.partition import Partition, abstract_weights, weight_specs
 from model.step import StepShape
 from serve.config import ConfigError, MeshSection, ServeConfig
+from serve.pace import token_cost
 from serve.programs import CacheShape, Programs, step_shapes
 from serve.scheduler import Limits
 from sharding.mesh import STAGE, TENSOR
@@ -60,15 +62,23 @@ class Served:
             max_steps=schedule.max_steps,
             max_queue=schedule.max_queue,
             max_context=self.config.model.max_context or self.model.max_context,
+            max_slowdown=schedule.max_slowdown,
+            token_cost=token_cost(self.model),
         )
 
     @property
     def kernels(self) -> Kernels:
-        """Raises ConfigError where one that is asked for can't run there."""
+        """Raises ConfigError where one that is asked for can't run there, or on such weights."""
         try:
-            return kernels_for(self.platform, self.config.kernels.model_dump())
+            found = kernels_for(self.platform, self.config.kernels.model_dump())
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if found.small_matmul == "xla_8bit" and not self.model.quantization:
+            raise ConfigError(
+                f"kernels.small_matmul is xla_8bit, and {self.config.model.path} has no weights in "
+                "8 bits; set it to auto, or serve what weft convert --quantize makes of the model"
+            )
+        return found
 
     def pool(self, num_pages: int) -> CacheShape:
         """`num_pages` pages, and page 0, which takes padding's writes and holds nobody's tokens."""
@@ -208,22 +218,41 @@ def largest_shapes(served: Served) -> list[StepShape]:
     return [loop, mixed]
 
 
-@cache
 def _weight_bytes(partition: Partition, dtype: Any, kernels: Kernels) -> int:
-    _, weights = abstract_weights(partition, dtype, kernels)
-    mesh = _mesh_of(partition)
+    brief = _one_of_each(partition)
+    alike = Counter(layer.experts for layer in _of_a_stage(partition))
+    _, weights = abstract_weights(brief, dtype, kernels)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
     cuts = jax.tree.leaves(weight_specs(weights), is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return sum(
-        math.prod(NamedSharding(mesh, cut).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, cut in zip(jax.tree.leaves(weights), cuts, strict=True)
-    )
+    mesh, total = _mesh_of(partition), 0
+    for (path, leaf), cut in zip(leaves, cuts, strict=True):
+        held = math.prod(NamedSharding(mesh, cut).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        in_layer = path[0].key == "layers"
+        total += held * alike[brief.config.layers[path[1].key].experts] if in_layer else held
+    return total
 
 
 def _state_bytes(served: Served) -> int:
     """All but the pages, which every device holds whole."""
-    programs = served.programs(1, _mesh_of(served.partition), XLA)
+    brief = replace(served, model=_one_of_each(served.partition).config)
+    programs = brief.programs(1, _mesh_of(served.partition), XLA)
     slots = replace(programs.abstract_state(), pages=[])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots))
+
+
+def _one_of_each(partition: Partition) -> Partition:
+    """With one layer of each kind on a stage.
+
+    Those of a kind hold as much, and a start tries many configurations: a model of 126 layers took
+    half a second for each.
+    """
+    kinds = {layer.experts: layer for layer in _of_a_stage(partition)}
+    layers = tuple(kinds.values()) * partition.stages
+    return replace(partition, config=replace(partition.config, layers=layers))
+
+
+def _of_a_stage(partition: Partition) -> tuple[Layer, ...]:
+    return partition.config.layers[: partition.layers_per_stage]
 
 
 def _mesh_of(partition: Partition) -> AbstractMesh:

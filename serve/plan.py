@@ -99,6 +99,7 @@ class StepPlan:
     """Tokens a decode row advances."""
     admitted: list[Sequence] = field(default_factory=list[Sequence])
     """Sequences whose slot is new to them: the device must learn their parameters."""
+    planned_s: float = 0.0
 
     @property
     def rows(self) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
@@ -25,13 +26,15 @@ from sharding.rules import PAGES, REPLICATED
 
 
 def step_shapes(limits: Limits, stages: int) -> list[StepShape]:
-    """The grid: decode alone, one token and many; prefill alone, and beside a full batch."""
+    """The grid: decode alone, one token and many; prefill alone, and beside a full batch, there
+    also a row or so that is narrower."""
     batches = powers_of_two(limits.max_batch, stages)
     chunks = powers_of_two(limits.max_chunk_rows, stages)
     steps = sorted({1, limits.max_steps})
     decode = [StepShape(B, 0, limits.chunk, K) for K in steps for B in batches]
     mixed = [StepShape(B, G, limits.chunk, 1) for B in (0, batches[-1]) for G in chunks]
-    return decode + mixed
+    narrow = [StepShape(batches[-1], chunks[0], T, 1) for T in limits.widths[1:]]
+    return decode + mixed + narrow
 
 
 def powers_of_two(largest: int, multiple: int = 1) -> list[int]:
@@ -139,7 +142,7 @@ class Programs:
             decoder = nnx.merge(graph, _without_stages(jax.tree.unflatten(tree, weights)))
             state = _map_pages(lambda pages: pages[0], state)
             state, output = step(decoder, shape, state, packing.unpack(packed))
-            return _map_pages(lambda pages: pages[None], state), output
+            return _map_pages(_with_stage, state), output
 
         sharded = jax.shard_map(
             run,
@@ -183,6 +186,16 @@ def _state_spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
 
 def _map_pages(function: Callable[[jax.Array], jax.Array], state: State) -> State:
     return replace(state, pages=jax.tree.map(function, state.pages))
+
+
+def _with_stage(pages: jax.Array) -> jax.Array:
+    """[P, ...] as [1, P, ...], laid out as it was given.
+
+    Of two axes of length one XLA (CPU, jaxlib 0.11.2) would choose an order that is not the
+    argument's, and copy all pages of a device with one kv head.
+    """
+    in_order = Layout(tuple(range(pages.ndim + 1)))
+    return with_layout_constraint(pages[None], in_order)
 
 
 def _without_stages(weights: Any) -> Any:

@@ -119,15 +119,17 @@ class Runner:
 
     def _bucket(self, plan: StepPlan) -> StepShape:
         """The smallest compiled shape that holds the plan."""
+        longest = max((row.length for row in plan.chunks), default=0)
         fitting = [
             shape
             for shape in self.shapes
             if shape.num_decode >= len(plan.decode)
             and shape.num_chunks >= len(plan.chunks)
+            and shape.chunk >= longest
             and shape.max_tokens >= plan.num_tokens
         ]
         assert fitting, f"no bucket for {len(plan.decode)} + {len(plan.chunks)} rows"
-        return min(fitting, key=lambda s: (s.num_chunks, s.num_decode, s.max_tokens))
+        return min(fitting, key=lambda s: (s.num_tokens, s.num_decode, s.max_tokens))
 
     def _compile_late(self, shape: StepShape) -> None:
         if self._is_warm:

@@ -5,12 +5,14 @@ the same code runs in the server, the tests and the simulator.
 """
 
 import heapq
+import math
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
+from serve.pace import NO_CONTEXT_COST, Pace, TokenCost
 from serve.plan import Row, Sequence, StepPlan
 from serve.request import (
     MAX_STOP_IDS,
@@ -21,6 +23,9 @@ from serve.request import (
     TokenLogprobs,
     Usage,
 )
+
+LEAST_WIDTH = 4
+"""Tokens of a prefill row: with fewer, a prompt hardly gets on."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Limits:
     """Tokens a decode row advances in one call when nobody waits."""
     max_queue: int
     max_context: int
+    max_slowdown: float = math.inf
+    """Of a step with prompt over one of decode alone, where there is decode."""
+    token_cost: TokenCost = NO_CONTEXT_COST
 
     def __post_init__(self) -> None:
         if self.token_budget <= self.max_batch:
@@ -49,6 +57,15 @@ class Limits:
     @property
     def max_chunk_rows(self) -> int:
         return max(1, self.token_budget // self.chunk)
+
+    @property
+    def widths(self) -> list[int]:
+        """Tokens that the prefill rows of a step may have, widest first: a step beside decode has
+        one row of less than `chunk` where more would take too long."""
+        if math.isinf(self.max_slowdown):
+            return [self.chunk]
+        narrow = [self.chunk // 4, self.chunk // 16]
+        return [self.chunk, *(width for width in narrow if width >= LEAST_WIDTH)]
 
 
 class RowResult(NamedTuple):
@@ -73,6 +90,9 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._num_arrived = 0
+        self._pace = Pace(limits.max_slowdown)
+        self._is_shorts_turn = False
+        self._committed_s = -math.inf
 
     @property
     def num_waiting(self) -> int:
@@ -147,19 +167,35 @@ class Scheduler:
         return sequence and self._finish(sequence, FinishReason.CANCELLED, (), now_s)
 
     def schedule(self, now_s: float) -> StepPlan:
-        """The next step: every decodable row, then prefill up to the token budget."""
+        """The next step: every decodable row, then prefill as far as budget and pace allow."""
         admitted: list[Sequence] = []
         decode, num_tokens = self._plan_decode()
-        chunks: list[Row] = []
-        budget = self.limits.token_budget - len(decode)
-        free_rows = self.limits.max_chunk_rows
-        while budget > 0 and free_rows > 0 and (sequence := self._next_prefill(now_s, admitted)):
-            width = min(budget, free_rows * self.limits.chunk)
-            rows = self._prefill_rows(sequence, width)
-            chunks += rows
-            free_rows -= len(rows)
-            budget -= sum(row.length for row in rows)
-        return StepPlan(decode, chunks, num_tokens, admitted)
+        chunks = self._plan_prefill(now_s, len(decode), admitted)
+        return StepPlan(decode, chunks, num_tokens, admitted, now_s)
+
+    def _plan_prefill(self, now_s: float, num_decode: int, admitted: list[Sequence]) -> list[Row]:
+        """Rows of prompts; of one width, or a single narrow one."""
+        limits = self.limits
+        if not (self._waiting or self._first_prefilling()):
+            return []
+        allowed = self._pace.allowed(num_decode, limits.max_batch)
+        budget = min(limits.token_budget - num_decode, limits.max_chunk_rows * limits.chunk)
+        rows: list[Row] = []
+        while allowed > 0 and budget > 0 and len(rows) < limits.max_chunk_rows:
+            sequence = self._next_prefill(now_s, admitted)
+            if sequence is None:
+                break
+            cost = limits.token_cost.at(sequence.num_computed)
+            fitting = [width for width in limits.widths if width * cost <= allowed]
+            if rows and fitting[:1] != [limits.chunk]:
+                break
+            width = fitting[0] if fitting else limits.widths[-1]
+            rows.append(self._prefill_row(sequence, min(width, budget)))
+            if width < limits.chunk:
+                break
+            budget -= rows[-1].length
+            allowed -= width * cost
+        return rows
 
     def _plan_decode(self) -> tuple[list[Row], int]:
         """Decode rows with their pages, preempting the latest arrivals where pages run out."""
@@ -213,9 +249,28 @@ class Scheduler:
         self._wait(sequence)
 
     def _next_prefill(self, now_s: float, admitted: list[Sequence]) -> Sequence | None:
-        """The next sequence with prompt left to compute, admitting one when there is room."""
-        if sequence := self._first_prefilling():
-            return sequence
+        """Whose prompt gets the next row; admits a sequence where it is its turn.
+
+        The first in precedence and the shortest of those behind it, if that is shorter, take turns:
+        so a long prompt doesn't hold up short ones, nor they it by more than as much again.
+        """
+        first = self._first_prefilling()
+        waiting = self._admissible()
+        if first is None:
+            return waiting and self._admit(waiting, now_s, admitted)
+        others = [s for s in self.running if s.prefilling and s is not first]
+        if waiting is not None:
+            others.append(waiting)
+        shortest = min(others, key=_left, default=first)
+        if _left(shortest) >= _left(first):
+            return first
+        self._is_shorts_turn = not self._is_shorts_turn
+        if not self._is_shorts_turn:
+            return first
+        return self._admit(shortest, now_s, admitted) if shortest is waiting else shortest
+
+    def _admissible(self) -> Sequence | None:
+        """The sequence that waits first, if there is room for it."""
         sequence = self._first_waiting()
         if sequence is None or not self._free_slots:
             return None
@@ -225,6 +280,9 @@ class Scheduler:
         needed = self.tables.pool.pages_for(len(sequence.tokens) + 1)
         if sequence.num_in_flight or needed + reserve > self.tables.pool.num_free:
             return None
+        return sequence
+
+    def _admit(self, sequence: Sequence, now_s: float, admitted: list[Sequence]) -> Sequence:
         heapq.heappop(self._waiting)
         sequence.slot = self._free_slots.pop()
         sequence.prefill_end = len(sequence.tokens)
@@ -236,36 +294,37 @@ class Scheduler:
         admitted.append(sequence)
         return sequence
 
-    def _prefill_rows(self, sequence: Sequence, width: int) -> list[Row]:
-        """The next tokens of a prompt, at most `width`, a chunk to a row."""
-        end = min(sequence.prefill_end, sequence.num_computed + width)
-        rows = [
-            self._prefill_row(sequence, start, min(start + self.limits.chunk, end))
-            for start in range(sequence.num_computed, end, self.limits.chunk)
-        ]
-        sequence.num_computed = end
-        sequence.num_in_flight = rows[-1].num_tokens
-        return rows
-
-    def _prefill_row(self, sequence: Sequence, start: int, stop: int) -> Row:
+    def _prefill_row(self, sequence: Sequence, width: int) -> Row:
+        """The next tokens of a prompt, at most `width`."""
         assert sequence.slot is not None, "a row needs a slot"
+        start = sequence.num_computed
+        stop = min(start + width, sequence.prefill_end)
+        num_tokens = int(stop == sequence.prefill_end)
         targets: list[int] = []
         if sequence.request.sampling.prompt_logprobs is not None and not sequence.prompt_reported:
             targets = sequence.tokens[start + 1 : min(stop + 1, sequence.num_prompt)]
-        return Row(
+        row = Row(
             sequence=sequence,
             slot=sequence.slot,
             start=start,
             length=stop - start,
             num_output=sequence.num_output,
             remaining=sequence.remaining,
-            num_tokens=int(stop == sequence.prefill_end),
+            num_tokens=num_tokens,
             token_ids=tuple(sequence.tokens[start:stop]),
             targets=tuple(targets),
         )
+        sequence.num_computed = stop
+        sequence.num_in_flight = num_tokens
+        return row
 
     def commit(self, plan: StepPlan, results: ListLike[RowResult], now_s: float) -> list[Output]:
         """Takes in a step's tokens: what each request is given, and which requests end."""
+        cost = sum(row.length * self.limits.token_cost.at(row.start) for row in plan.chunks)
+        # A step begins when it is planned or, if that was still under way, when the last one ended.
+        seconds = now_s - max(self._committed_s, plan.planned_s)
+        self._pace.observe(len(plan.decode), plan.num_tokens, cost, seconds)
+        self._committed_s = now_s
         outputs = [
             self._commit_row(row, result, now_s)
             for row, result in zip(plan.rows, results, strict=True)
@@ -353,6 +412,11 @@ class Scheduler:
     def _first_waiting(self) -> Sequence | None:
         """The sequence to admit next."""
         return self._waiting[0][2] if self._waiting else None
+
+
+def _left(sequence: Sequence) -> int:
+    """Tokens of its prompt that are yet to be computed."""
+    return max(sequence.prefill_end, len(sequence.tokens)) - sequence.num_computed
 
 
 def _precedence(sequence: Sequence) -> tuple[int, int]:

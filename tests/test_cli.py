@@ -57,7 +57,12 @@ class BuiltEngine(FakeEngine):
         self.stopped = False
 
     def build(
-        self, config: ServeConfig, progress: object, *, compile_ahead: bool = True
+        self,
+        config: ServeConfig,
+        progress: object,
+        *,
+        compile_ahead: bool = True,
+        check: object = None,
     ) -> "BuiltEngine":
         self.configs.append(config)
         return self

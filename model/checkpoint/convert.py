@@ -19,7 +19,7 @@ from model.checkpoint.contiguous import contiguous
 from model.checkpoint.hugging_face import HuggingFaceWriter, tensor_shapes
 from model.checkpoint.manifest import Manifest, TensorRecord
 from model.checkpoint.quantize import quantize
-from model.checkpoint.source import Block, CheckpointError, TensorSource, TensorSpec
+from model.checkpoint.source import Block, CheckpointError, Index, TensorSource, TensorSpec
 from model.checkpoint.staging import staged
 from model.config import ModelConfig, Quantization
 from model.families import declare_quantization, read_model_config, weights
@@ -36,6 +36,9 @@ Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the tensor at hand; every byte is counted twice, once
 when it is written and once when it is read back and compared."""
 
+Round = Callable[[str, Index], tuple[np.ndarray, np.ndarray]]
+"""Of rows of a weight, numbers and scales; weights are asked for in their order."""
+
 # Everything beside the weights is copied, except weights in formats of other programs.
 NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 COPIED_DIRECTORIES = ("additional_chat_templates",)
@@ -48,6 +51,7 @@ def convert(
     *,
     dtype: str | None = None,
     quantization: Quantization | None = None,
+    calibration: np.ndarray | None = None,
     to: Literal["orbax", "hf"] = "orbax",
     progress: Progress = lambda done, total, name: None,
 ) -> None:
@@ -56,7 +60,9 @@ def convert(
     Holds at most two of the largest weight in memory beside the program itself. The result was read
     back and compared, and is on disk, before it appears under its name. `dtype` (float32, bfloat16,
     float16) changes the weights of floating type and what config.json says of them; `quantization`
-    those of products, which `model/weights.py` lists.
+    those of products, which `model/weights.py` lists. `calibration`, token ids of sequences of one
+    length, has them rounded for what the model computes of these: it then runs on the CPU, and more
+    is in memory (`model/checkpoint/calibrate.py`).
     Raises CheckpointError, or what else went wrong, having left nothing at `destination`.
     """
     source, destination = Path(source), Path(destination)
@@ -70,6 +76,8 @@ def convert(
         )
     if quantization and to == "hf":
         raise CheckpointError("quantized weights are written to orbax only; leave out --to hf")
+    if calibration is not None and quantization is None:
+        raise CheckpointError("calibration is of a quantization; give one, int8 or fp8")
     tensors = open_checkpoint(source, cache_bytes=0)
     config = read_model_config(source)
     if config.quantization:
@@ -77,7 +85,9 @@ def convert(
             f"{source} is quantized to {config.quantization} already; convert the checkpoint that "
             "it was made of"
         )
-    stream = _Stream(tensors, config, DTYPES[dtype] if dtype else None, quantization, progress)
+    rounding = _rounding(tensors, config, quantization, calibration) if quantization else None
+    to_dtype = DTYPES[dtype] if dtype else None
+    stream = _Stream(tensors, config, to_dtype, quantization, rounding, progress)
     beside = _files_beside(source)
     _check_space(destination, stream.num_bytes + sum(path.stat().st_size for path in beside))
 
@@ -98,7 +108,11 @@ def convert(
                 )
                 for name, spec in stream.specs.items()
             }
-            Manifest(architecture=config.architecture, tensors=records).save(directory)
+            Manifest(
+                architecture=config.architecture,
+                tensors=records,
+                calibration_tokens=None if calibration is None else calibration.size,
+            ).save(directory)
         else:
             _write_hugging_face(directory, stream)
         _verify(directory, stream)
@@ -113,6 +127,7 @@ class _Stream:
         config: ModelConfig,
         dtype: np.dtype | None,
         quantization: Quantization | None,
+        rounding: Round | None,
         progress: Progress,
     ):
         self.weights = weights(config)
@@ -125,7 +140,7 @@ class _Stream:
             )
             for weight in self.weights
         }
-        self._quantization: Quantization | None = quantization
+        self._round = rounding
         self._quantized = quantized(config) if quantization else {}
         for name, shape in self._quantized.items():
             assert quantization, "nothing is quantized without"
@@ -163,18 +178,32 @@ class _Stream:
     def _made(self, weight: Weight, part: int) -> Iterator[np.ndarray]:
         """One part of each."""
         name = weight.name
-        array = self._source.read(name, _rows(len(weight.parts), part))
-        if self._quantization is None or name not in self._quantized:
+        rows = _rows(len(weight.parts), part)
+        if self._round is None or name not in self._quantized:
+            array = self._source.read(name, rows)
             yield contiguous(cast(array, self.specs[name].dtype, name))
-            return
-        numbers, scales = quantize(array, summed_axes(name), self._quantization, name)
-        del array  # or it would stay in memory while they are written
-        yield numbers
-        yield scales
+        else:
+            yield from self._round(name, rows)
 
     def report(self, num_bytes: int, name: str) -> None:
         self._done_bytes += num_bytes
         self._progress(self._done_bytes, 2 * self.num_bytes, name)
+
+
+def _rounding(
+    source: TensorSource,
+    config: ModelConfig,
+    quantization: Quantization,
+    calibration: np.ndarray | None,
+) -> Round:
+    if calibration is not None:
+        # It runs the model: only who asks for it waits for its imports.
+        from model.checkpoint.calibrate import Calibrated
+
+        return Calibrated(source, config, quantization, calibration)
+    return lambda name, rows: quantize(
+        source.read(name, rows), summed_axes(name), quantization, name
+    )
 
 
 def _rows(num_parts: int, part: int) -> tuple[slice, ...]:

@@ -32,9 +32,11 @@ class Manifest(BaseModel):
     version: Literal[1] = 1
     architecture: str
     tensors: dict[str, TensorRecord]
+    calibration_tokens: int | None = None
+    """On how many tokens it was rounded; None: to nearest, or not at all."""
 
     def save(self, directory: Path) -> None:
-        (directory / NAME).write_text(self.model_dump_json(indent=1) + "\n")
+        (directory / NAME).write_text(self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":

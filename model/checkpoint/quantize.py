@@ -28,6 +28,18 @@ def quantize(
     They are of its shape without the axes `summed`. Raises CheckpointError, with `name`, where a
     number is not finite.
     """
+    scales = channel_scales(array, summed, quantization, name)
+    numbers = np.empty(array.shape, QUANTIZED_DTYPES[quantization])
+    for rows in _steps(array):
+        divisors = np.expand_dims(scales if 0 in summed else scales[rows], summed)
+        numbers[rows] = nearest(array[rows].astype(np.float32) / divisors, quantization)
+    return numbers, scales
+
+
+def channel_scales(
+    array: np.ndarray, summed: tuple[int, ...], quantization: Quantization, name: str
+) -> np.ndarray:
+    """What makes each output channel's largest number the largest; as `quantize`."""
     kept = tuple(size for axis, size in enumerate(array.shape) if axis not in summed)
     peaks = np.zeros(kept, np.float32)
     for rows in _steps(array):
@@ -42,13 +54,15 @@ def quantize(
             "without --quantize"
         )
     # Of a channel of zeros it is not zero, since numbers are divided by it.
-    scales = np.maximum(peaks / np.float32(LARGEST[quantization]), np.finfo(np.float32).tiny)
-    numbers = np.empty(array.shape, QUANTIZED_DTYPES[quantization])
-    for rows in _steps(array):
-        divisors = np.expand_dims(scales if 0 in summed else scales[rows], summed)
-        parts = array[rows].astype(np.float32) / divisors
-        numbers[rows] = np.rint(parts) if quantization == "int8" else parts
-    return numbers, scales
+    return np.maximum(peaks / np.float32(LARGEST[quantization]), np.finfo(np.float32).tiny)
+
+
+def nearest(parts: np.ndarray, quantization: Quantization) -> np.ndarray:
+    """The nearest numbers there are; beyond the largest, that."""
+    parts = np.clip(parts, -LARGEST[quantization], LARGEST[quantization])
+    if quantization == "int8":
+        parts = np.rint(parts)
+    return parts.astype(QUANTIZED_DTYPES[quantization])
 
 
 def _steps(array: np.ndarray) -> Iterator[slice]:

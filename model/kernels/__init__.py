@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from model.inputs import note_input
 from model.kernel_choice import Kernels, note_fallback
 from model.kernels import (
     cpu_attention,
@@ -19,6 +20,7 @@ from model.kernels import (
     pallas_experts,
     pallas_matmul,
     pallas_rotate,
+    xla_8bit_matmul,
     xla_attention,
     xla_experts,
     xla_matmul,
@@ -89,13 +91,19 @@ def fused_matmul(
     activate: Activate | None = None,
     residual_NF: Float[Array, "N F"] | None = None,
 ) -> Float[Array, "N F"]:
-    """`xla_matmul.fused_matmul` by the kernel chosen for few rows; XLA's own for many."""
+    """`xla_matmul.fused_matmul` by the kernel chosen; Pallas leaves many rows to XLA."""
+    note_input(x_ND, norm)
     kernel, multiply = kernels.small_matmul, xla_matmul.fused_matmul
     if kernel in INTERPRET and x_ND.shape[0] <= pallas_matmul.MOST_ROWS:
         if reason := pallas_matmul.uncovered(x_ND):
             note_fallback("small_matmul", kernel, reason)
         else:
             multiply = partial(pallas_matmul.fused_matmul, interpret=INTERPRET[kernel])
+    elif kernel == "xla_8bit":
+        if reason := xla_8bit_matmul.uncovered(weight_DPF):
+            note_fallback("small_matmul", kernel, reason)
+        else:
+            multiply = xla_8bit_matmul.fused_matmul
     elif kernel == "cpu":
         multiply = cpu_matmul.fused_matmul
     return multiply(x_ND, weight_DPF, norm=norm, activate=activate, residual_NF=residual_NF)
@@ -114,6 +122,7 @@ def experts(
     down_bias_ED: Float[Array, "E D"] | None = None,
 ) -> Float[Array, "N D"]:
     """`xla_experts.experts` by the kernel chosen; of a token, `top_k` weights at most aren't 0."""
+    note_input(x_ND, routed_EN=routed_EN)
     kernel, compute = kernels.experts, xla_experts.experts
     around: dict[str, Any] = {
         "activate": activate,

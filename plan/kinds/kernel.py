@@ -18,7 +18,14 @@ Operation = Literal[
 ]
 
 KernelName = Literal[
-    "xla", "cpu", "pallas", "pallas_interpreted", "cudnn", "flashinfer", "flash_attention4"
+    "xla",
+    "xla_8bit",
+    "cpu",
+    "pallas",
+    "pallas_interpreted",
+    "cudnn",
+    "flashinfer",
+    "flash_attention4",
 ]
 
 TILING = re.compile(r"((queries|keys|splits|num_warps|num_stages)=[1-9]\d*(,|$))*")
@@ -46,7 +53,7 @@ class Kernel:
     weight: Literal["", "qkv", "out", "gate_up", "down"] = ""
     """Which of a layer's products, with what stands around it there."""
     weight_dtype: Literal["auto", "int8", "float8_e4m3fn"] = "auto"
-    """Of that product's weight; auto is `dtype`."""
+    """Of that product's weight, or the experts'; auto is `dtype`."""
     window: int = 0
     """Tokens that a query sees, itself included; 0: all."""
     softcap: float = 0.0
@@ -80,11 +87,13 @@ class Kernel:
                 f"weight is {self.weight!r} with {self.operation}; small_matmul needs one of qkv, "
                 "out, gate_up and down, and nothing else takes one"
             )
-        if self.weight_dtype != "auto" and not self.weight:
+        if self.weight_dtype != "auto" and self.operation not in ("small_matmul", "experts"):
             raise ValueError(
-                f"weight_dtype is {self.weight_dtype} with {self.operation}; only small_matmul has "
-                "a weight"
+                f"weight_dtype is {self.weight_dtype} with {self.operation}; only small_matmul and "
+                "experts have weights"
             )
+        if self.kernel == "xla_8bit" and self.operation != "small_matmul":
+            raise ValueError(f"xla_8bit is for small_matmul, not {self.operation}; choose xla")
         if self.operation == "experts" and model.experts is None:
             raise ValueError(
                 f"model is {self.model}, which has no experts; choose one that has, such as "

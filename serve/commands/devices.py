@@ -1,4 +1,4 @@
-"""What JAX is told before its first use: virtual CPU devices, where programs are kept."""
+"""What JAX is told before its first use: memory, virtual CPU devices, where programs are kept."""
 
 import os
 from contextlib import suppress
@@ -8,12 +8,20 @@ import jax
 
 from serve.config import MeshSection
 
+MEMORY_FRACTION = "0.95"
+"""Of a GPU's memory; untold, JAX takes 0.75. The rest is for the driver, libraries and code."""
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""What tells JAX, and its older name; JAX refuses both at once."""
+
 
 def ensure_devices(mesh: MeshSection) -> None:
-    """Makes as many CPU devices as the mesh takes, unless the user has said how many.
+    """Takes most of each GPU's memory, and makes as many CPU devices as the mesh takes.
 
-    Only before JAX's first use of a device; afterwards there are those that there are.
+    Not where the user has said how much, or how many. Only before JAX's first use of a device;
+    afterwards there are those that there are.
     """
+    if not any(os.environ.get(name) for name in MEMORY_VARIABLES):
+        os.environ[MEMORY_VARIABLES[0]] = MEMORY_FRACTION
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with suppress(RuntimeError):

@@ -18,7 +18,12 @@ from model.families import read_model_config
 from model.step import StepShape
 from plan.described import KIND, MAX_DEVICES, CompilerMissing, compile_described, described_mesh
 from plan.hardware import Hardware, UnknownHardware, load_hardware
-from serve.commands.devices import ensure_devices, keep_compiled_programs
+from serve.commands.devices import (
+    MEMORY_FRACTION,
+    MEMORY_VARIABLES,
+    ensure_devices,
+    keep_compiled_programs,
+)
 from serve.config import ConfigError, MeshSection, load_config
 from serve.fit import Fit, Served, device_memory_bytes, fit, largest_shapes
 from serve.programs import activation_bytes
@@ -28,9 +33,6 @@ from sharding.mesh import MeshError, MeshShape, make_meshes
 
 CPU = "cpu"
 """The one file of configs/hardware that is not of a GPU."""
-
-TAKEN_SHARE = 0.75
-"""What JAX takes of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,9 @@ def find_target(hardware: str | None, mesh: MeshSection) -> Target:
 
 
 def _taken_share() -> float:
-    # JAX takes the older name, too.
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    return next((float(os.environ[name]) for name in names if os.environ.get(name)), TAKEN_SHARE)
+    """Of a GPU's memory, as `ensure_devices` has it."""
+    told = (os.environ.get(name) for name in MEMORY_VARIABLES)
+    return float(next(filter(None, told), MEMORY_FRACTION))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`weft generate`: prompts from the command line or a file, answers on stdout in their order."""
 
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from serve.build import build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ScheduleSection, ServeConfig, make_config
+from serve.engine import ModelInfo
 from serve.errors import InvalidRequest, RequestError
 from serve.front import Front
 from serve.progress import Progress
@@ -66,7 +68,12 @@ def run(
     config = _config(model, token_ids, sampling, dtype, mesh)
     ensure_devices(config.mesh)
     keep_compiled_programs()
-    engine = build_engine(config, Progress, compile_ahead=False)
+    engine = build_engine(
+        config,
+        Progress,
+        compile_ahead=False,
+        check=lambda info: _check_lengths(token_ids, sampling, info),
+    )
     front = Front(engine, text.tokenizer)
     requests: list[GenerateRequest] = []
     for place, ids in enumerate(token_ids):
@@ -152,9 +159,31 @@ def _config(
             "max_batch": max_batch,
             "max_queue": max(num_prompts, usual.max_queue),
             "token_budget": min(usual.token_budget, max_batch + max(prefill, usual.chunk)),
+            "max_slowdown": math.inf,  # nobody watches streams
         },
     }
     return make_config(tables, "weft generate")
+
+
+def _check_lengths(
+    token_ids: Sequence[Sequence[int]], sampling: SamplingParams, info: ModelInfo
+) -> None:
+    """Refuses what the engine would, before the minutes that a large model takes to load."""
+    context, held = info.max_context, info.num_pages * info.page_size
+    for place, ids in enumerate(token_ids):
+        with _naming(place):
+            if len(ids) >= context:
+                raise InvalidRequest(
+                    f"the prompt has {len(ids):,} tokens; a context of {context:,} allows "
+                    f"{context - 1:,} and a token of answer; shorten the prompt"
+                )
+            needed = min(len(ids) + (sampling.max_tokens or 1), context)
+            if needed > held:
+                raise InvalidRequest(
+                    f"the prompt has {len(ids):,} tokens, {needed:,} with its answer, and beside "
+                    f"the weights there is room for keys and values of {held:,}; shorten the "
+                    "prompt, lower --max-tokens or take a larger --mesh"
+                )
 
 
 def _answer(front: Front, requests: Sequence[GenerateRequest], as_json: bool) -> None:

@@ -148,22 +148,6 @@ def test_no_runs_are_refused():
         bench.offline.run(runs=0)
 
 
-def test_without_a_model_a_checkout_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.offline, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="name a model directory, or run from a checkout"):
-        bench.offline.random_model(tmp_path, lambda line: None)
-
-
-def test_random_model_is_the_one_described_and_written_once(tmp_path, monkeypatch):
-    small = {"hidden": 64, "mlp": 128, "layers": 1, "heads": 4, "kv-heads": 2, "vocab": 100}
-    monkeypatch.setattr(bench.offline, "RANDOM_MODEL", bench.offline.RANDOM_MODEL | small)
-    lines: list[str] = []
-    first, second = (bench.offline.random_model(tmp_path, lines.append) for _ in range(2))
-    assert first == second
-    assert len(lines) == 1
-    assert "1 layers, 64 wide, feed-forward 128, 4/2 heads" in bench.offline.describe(first)
-
-
 def test_default_model_is_the_125m_llama():
     sizes = bench.offline.RANDOM_MODEL
     D, F, V = int(sizes["hidden"]), int(sizes["mlp"]), int(sizes["vocab"])

@@ -4,11 +4,13 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 
 from model import kernel_choice
 from model.kernel_choice import CHOSEN, NAMES, XLA, Kernels, kernels_for, note_fallback
+from serve.config import Kernel
 
 
 def names(kernels: Kernels) -> set[str]:
@@ -25,6 +27,10 @@ def test_every_choice_is_of_a_known_kernel():
         assert names(chosen) <= set(NAMES)
 
 
+def test_a_configuration_may_name_every_kernel():
+    assert set(get_args(Kernel)) == {"auto", *NAMES}
+
+
 def test_gpu_reads_pages_by_our_own_kernels():
     chosen = kernels_for("gpu")
     operations = ("decode_attention", "prefill_attention", "rotate_and_write")
@@ -36,11 +42,18 @@ def test_operation_asked_is_changed_alone():
     assert asked == replace(kernels_for("cpu"), decode_attention="xla")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rounded_activations_are_for_whoever_asks(platform):
+    assert "xla_8bit" not in names(kernels_for(platform))
+    assert kernels_for(platform, {"small_matmul": "xla_8bit"}).small_matmul == "xla_8bit"
+
+
 @pytest.mark.parametrize(
     ("platform", "operation", "kernel", "error"),
     [
         ("cpu", "decode_attention", "pallas", "is pallas, which compiles for GPUs only"),
         ("gpu", "rotate_and_write", "cpu", "kernels.rotate_and_write has no kernel cpu"),
+        ("gpu", "experts", "xla_8bit", "kernels.experts has no kernel xla_8bit; set it to auto"),
     ],
 )
 def test_kernel_that_cannot_run_is_refused(platform, operation, kernel, error):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.host_memory import aligned_empty
-from model.partition import Partition, load_weights
+from model.partition import Partition, abstract_weights, load_weights, stream_weights
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, random_weights
 
@@ -97,6 +97,18 @@ def test_an_error_of_the_source_ends_the_loading(arrays):
     with pytest.raises(OSError, match="the disk is gone"):
         load(source)
     assert len(source.reads) < len(arrays) / 2, "what was still to be read is not"
+
+
+def test_a_weight_that_nobody_keeps_is_gone_before_the_next_arrives(arrays):
+    source = WatchedSource(arrays)
+    partition, mesh = Partition(CONFIG, 1, 1), make_meshes(ONE_DEVICE)[0]
+    _, abstract = abstract_weights(partition, jnp.dtype("float32"))
+    dropped: list[weakref.ref[jax.Array]] = []
+    for _, weight in stream_weights(partition, source, mesh, abstract):
+        assert not any(earlier() is not None for earlier in dropped)
+        dropped.append(weakref.ref(weight))
+        del weight
+    assert len(dropped) == len(jax.tree.leaves(abstract))
 
 
 def test_aligned_weights_of_the_right_dtype_are_not_copied_on_a_cpu(arrays):

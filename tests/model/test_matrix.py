@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.checkpoint.quantize import quantize
 from model.kernel_choice import XLA, Kernels, kernels_for
 from model.panels import COLUMNS, panel_shape
 from model.partition import Partition, abstract_weights, load_weights
-from model.weights import quantized, shapes
+from model.weights import quantized, shapes, summed_axes
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, MOE, ArraySource, random_weights
 
@@ -77,3 +78,22 @@ def test_quantized_experts_are_apart_and_their_scales_are_not():
     E, D, _, F = quantized(config)["layers.0.moe.gate_up"]
     assert [leaf.shape for leaf in jax.tree.leaves(moe["gate_up"])] == E * [(1, 1, D, 2 * F)]
     assert moe["gate_up_scale"].shape == (1, E, 2, F)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "mesh", "dtype"),
+    [(XLA, MeshShape(), "float8_e4m3fn"), (CPU, MeshShape(tensor=2), "bfloat16")],
+)
+def test_fp8_numbers_are_the_checkpoints_where_a_cpu_has_them_wide(kernels, mesh, dtype):
+    config, arrays = replace(WIDE, quantization="fp8"), random_weights(WIDE)
+    for name in quantized(config):
+        numbers, scale = quantize(arrays[name], summed_axes(name), "fp8", name)
+        arrays |= {name: numbers, f"{name}_scale": scale}
+    partition = Partition(config, mesh.stage, mesh.tensor)
+    source, devices = ArraySource(arrays), make_meshes(mesh)[0]
+    tree = load_weights(partition, source, devices, jnp.dtype("bfloat16"), kernels=kernels)
+    down, scale = (tree["layers"][1]["mlp"][place][...] for place in ("down", "down_scale"))
+    assert (down.dtype, scale.dtype) == (dtype, "float32")
+    expected = arrays["layers.1.mlp.down"].astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(down[0], np.float32), expected)
+    assert len(np.unique(expected)) > 50

@@ -39,6 +39,14 @@ def test_a_call_reads_the_experts_that_are_chosen_alone() -> None:
     assert many.flops == 100 * 2 * weights * 2
 
 
+def test_weights_of_8_bits_are_read_as_such_and_have_scales() -> None:
+    tried = experts(replace(TINY, rows=1, weight_dtype="float8_e4m3fn"))
+    assert tried.moved_bytes == 2 * 3 * 64 * 64 + 2 * 64 * 4
+    _, _, ((gate_up, down), *_), _ = jax.eval_shape(tried.make)
+    assert [leaf.dtype.name for leaf in gate_up + down] == ["float8_e4m3fn", "float32"] * 2
+    assert [scale.shape for _, scale in (gate_up, down)] == [(8, 2, 64), (8, 64)]
+
+
 def test_the_calls_of_a_chain_meet_other_weights_each(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = experts(replace(TINY, cold_bytes=10**6))
     compute, calls = tried._compute, list[int]()
@@ -55,9 +63,11 @@ def test_the_calls_of_a_chain_meet_other_weights_each(monkeypatch: pytest.Monkey
     assert 10**6 - weight_bytes < tried.num_weights * weight_bytes <= 10**6
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "pallas_interpreted"])
-def test_a_kernel_is_near_the_reference_and_timed(kernel: Any) -> None:
-    outcome = measure(replace(TINY, kernel=kernel), CPU)
+@pytest.mark.parametrize(
+    ("kernel", "weight_dtype"), [("cpu", "float8_e4m3fn"), ("pallas_interpreted", "auto")]
+)
+def test_a_kernel_is_near_the_reference_and_timed(kernel: Any, weight_dtype: Any) -> None:
+    outcome = measure(replace(TINY, kernel=kernel, weight_dtype=weight_dtype), CPU)
     assert not outcome.misfit
     assert "fault" not in outcome.figures
     assert outcome.figures["difference_fraction"] < 1e-5

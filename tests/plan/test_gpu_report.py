@@ -15,6 +15,7 @@ from plan.devices import Devices
 from plan.experiment import Point, make_point, read_experiment
 from plan.gpu_report import EXPERIMENT, ROOT, AheadWorker, main
 from plan.worker import Answer, WorkerDied
+from serve.commands.devices import MEMORY_FRACTION, MEMORY_VARIABLES
 
 DRY = EXPERIMENT.with_name("gpu-report-dry.toml")
 
@@ -121,6 +122,19 @@ def test_results_are_where_a_lent_machine_wants_them_while_it_runs(
     assert seen == [4], "the ledger was there before the report"
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_a_gpus_memory_is_taken_as_a_server_takes_it(monkeypatch) -> None:
+    name, older = MEMORY_VARIABLES
+    assert {name: older} == gpu_report.OLDER_NAMES
+    for variable in MEMORY_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    with gpu_report._environment(gpu_report.ENVIRONMENT):
+        assert os.environ[name] == MEMORY_FRACTION
+    assert name not in os.environ
+    monkeypatch.setenv(older, "0.5")
+    with gpu_report._environment(gpu_report.ENVIRONMENT):
+        assert name not in os.environ, "JAX refuses both at once"
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys, monkeypatch) -> None:

@@ -82,6 +82,7 @@ def test_variants_are_not_taken_for_what_is_served() -> None:
     variants = [
         step(kernels="small_matmul=pallas"),
         step(cache_dtype="int8"),
+        step(quantization="int8"),
         step(flags="--xla_x=1"),
         step(context=8192, max_context=9216),
     ]
@@ -99,6 +100,39 @@ def test_saturation_is_the_closed_loop_of_a_thousand_tokens() -> None:
     batch = record("serving", {**loop, "window_s": 0.0}, output_tokens_per_s=9000.0)
     other = record("serving", {**loop, "prompt": 128}, output_tokens_per_s=9900.0)
     assert target(4, loaded, batch, other) == 7100.0
+
+
+def test_weights_of_8_bits_have_targets_of_their_own() -> None:
+    quantized = step(quantization="int8", num_bytes=2e9), step(quantization="fp8", num_bytes=3e9)
+    assert target(6, COPY, *quantized) == pytest.approx(0.5)
+    assert target(6, COPY, step(num_bytes=2e9)) is None
+
+
+def test_fp8_at_saturation_may_have_fp8_pages_and_activations() -> None:
+    loop = {**MODEL, "concurrency": 320, "window_s": 5.0}
+    fp8 = {**loop, "quantization": "fp8"}
+    pages = {**fp8, "cache_dtype": "float8_e4m3fn"}
+    rounded = {**pages, "kernels": "small_matmul=xla_8bit"}
+    rates = zip((fp8, pages, rounded), (8e3, 9e3, 1e4), strict=True)
+    found = [record("serving", load, output_tokens_per_s=rate) for load, rate in rates]
+    bf16 = record("serving", loop, output_tokens_per_s=2e4)
+    int8_pages = record("serving", {**fp8, "cache_dtype": "int8"}, output_tokens_per_s=2e4)
+    for count, best in enumerate((8e3, 9e3, 1e4), 1):
+        assert target(7, *found[:count], bf16, int8_pages) == best
+    assert target(4, *found) is None
+
+
+def test_fp8_pages_are_compared_beside_the_same_weights() -> None:
+    long = {"batch": 64, "context": 8192, "max_context": 9216}
+    bf16 = [step(seconds=s, cache_dtype=d, **long) for s, d in ((2e-3, "auto"), (1e-3, "int8"))]
+    assert target(8, *bf16) is None
+    fp8 = step(seconds=1.6e-3, cache_dtype="float8_e4m3fn", **long)
+    assert target(8, *bf16, fp8) == pytest.approx(1.25)
+    pairs = [
+        step(seconds=s, cache_dtype=d, quantization="fp8", **long)
+        for s, d in ((1.5e-3, "auto"), (1e-3, "float8_e4m3fn"))
+    ]
+    assert target(8, *bf16, fp8, *pairs) == pytest.approx(1.5)
 
 
 def test_a_peer_is_compared_over_the_same_requests() -> None:

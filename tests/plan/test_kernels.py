@@ -108,6 +108,16 @@ def test_a_right_kernel_is_near_the_reference_and_timed(kernel: Kernel) -> None:
     assert rate == pytest.approx(outcome.figures["moved_bytes"])
 
 
+@pytest.mark.parametrize("weight_dtype", ["int8", "float8_e4m3fn"])
+def test_rounded_activations_are_as_far_from_the_reference_as_they_may_be(
+    weight_dtype: Any,
+) -> None:
+    kernel = replace(PRODUCT, kernel="xla_8bit", weight="gate_up", weight_dtype=weight_dtype)
+    figures = kernel.measure(CPU, None).figures
+    assert "fault" not in figures
+    assert figures["difference_fraction"] > 1e-4
+
+
 def test_a_wrong_kernel_is_a_fault_and_timed_all_the_same(monkeypatch) -> None:
     class_ = TRIALS["decode_attention"]
     right = class_._attend
@@ -142,6 +152,8 @@ def test_what_a_kernel_does_not_cover_is_said_not_tried() -> None:
     assert "does not cover weights of 64 rows" in outcome.misfit
     assert "xla computes it" in outcome.misfit
     assert not kernel.jobs(CPU)
+    wide = replace(PRODUCT, kernel="xla_8bit").measure(CPU, None)
+    assert wide.misfit.startswith("xla_8bit does not cover weights in float32")
     many = replace(PRODUCT, kernel="pallas_interpreted", rows=65)
     assert "65 rows, of 64 possible" in many.measure(CPU, None).misfit
 
@@ -154,6 +166,8 @@ def test_what_a_kernel_does_not_cover_is_said_not_tried() -> None:
         (PREFILL, {"prompt": 0}, "prompt is 0 with prefill_attention"),
         (PRODUCT, {"weight": ""}, "small_matmul needs one of qkv, out, gate_up and down"),
         (DECODE, {"weight": "qkv"}, "nothing else takes one"),
+        (DECODE, {"weight_dtype": "int8"}, "only small_matmul and experts have weights"),
+        (DECODE, {"kernel": "xla_8bit"}, "xla_8bit is for small_matmul, not decode_attention"),
         (PREFILL, {"kernel": "cudnn"}, "cudnn is for prefill_attention with context 0"),
         (ROTATE, {"kernel": "flashinfer"}, "flashinfer is for attention, not rotate_and_write"),
         (DECODE, {"kernel": "flash_attention4"}, "is for prefill_attention, not decode_attention"),

@@ -103,15 +103,40 @@ def test_the_same_is_refused_over_grpc(engine):
         list(client.generate([5] * 30, max_tokens=10))
 
 
-def test_the_same_is_refused_offline(checkpoint, monkeypatch):
-    def two_pages(*arguments):
+@pytest.fixture
+def two_pages(monkeypatch):
+    """Room for as many pages, of 16 tokens."""
+
+    def fit_two(*arguments):
         return replace(fit(*arguments), num_pages=2)
 
-    monkeypatch.setattr("serve.build.fit", two_pages)
-    with pytest.raises(
-        InvalidRequest, match=r"needs 3 pages for 40 tokens, the cache has 2 in all"
-    ):
-        generate_command.run(checkpoint, [[5] * 30], SamplingParams(max_tokens=10))
+    monkeypatch.setattr("serve.build.fit", fit_two)
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "why"),
+    [
+        (
+            30,
+            10,
+            "30 tokens, 40 with its answer, .* room for keys and values of 32; shorten .*mesh",
+        ),
+        (33, None, "33 tokens, 34 with its answer, .* room for keys and values of 32; shorten"),
+        (64, 1, "64 tokens; a context of 64 allows 63 and a token of answer; shorten the prompt"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_offline_is_named_before_weights_are_read(
+    checkpoint, two_pages, monkeypatch, length, max_tokens, why
+):
+    monkeypatch.setattr("serve.build.load_weights", None)
+    prompts = [[5] * 3, [5] * length]
+    with pytest.raises(InvalidRequest, match=rf"^prompt 1: the prompt has {why}"):
+        generate_command.run(checkpoint, prompts, SamplingParams(max_tokens=max_tokens))
+
+
+def test_the_longest_prompt_that_can_be_is_answered_offline(checkpoint, two_pages, capsys):
+    generate_command.run(checkpoint, [[5] * 30], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(capsys.readouterr().out.split()) == 1 + 2
 
 
 def test_request_without_max_tokens_is_given_what_the_cache_holds(engine):
@@ -220,3 +245,8 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_weights_are_read(checkp
     monkeypatch.setattr("serve.build.load_weights", None)
     with pytest.raises(ConfigError, match=r"kernels\.small_matmul is pallas"):
         build_engine(configure(checkpoint, kernels={"small_matmul": "pallas"}))
+
+
+def test_kernel_of_8_bit_weights_is_refused_where_there_are_none(checkpoint):
+    with pytest.raises(ConfigError, match="has no weights in 8 bits; set it to auto, or serve"):
+        build_engine(configure(checkpoint, kernels={"small_matmul": "xla_8bit"}))

@@ -183,6 +183,23 @@ def test_many_steps_in_one_call_choose_the_tokens_of_single_steps(parts):
     assert max(len(output.token_ids) for output in single["0"].outputs) == 1
 
 
+def test_prompt_in_narrow_rows_beside_decode_changes_no_output(parts):
+    """On a clock that stands still no step may take more than the least."""
+    stream, long = greedy("stream", prompt_of(5), 60), greedy("long", prompt_of(90, 1), 9)
+    paced = make_parts(MODEL, parts.weights, limits=replace(LIMITS, max_slowdown=2.0))
+    engine = paced.engine()
+    answers = submit_all(engine, [stream])
+    while not answers["stream"].outputs:
+        engine.step()
+    answers |= submit_all(engine, [long])
+    finish(engine)
+    shapes = Counter(step.work.shape for step in engine.profiles[0].steps())
+    assert shapes["4 decode x 1 + 1 prefill x 4"] >= 60 / 4
+    for request in (stream, long):
+        alone = answer_to(parts, request).token_ids
+        assert answers[request.request_id].token_ids == alone
+
+
 def test_preemption_changes_no_output(parts):
     requests = [
         greedy(str(i), prompt_of(40, i), 40, prompt_logprobs=1, presence_penalty=0.3 * i)

@@ -1,11 +1,15 @@
 """What is counted for a device is what the compiler counts, and the pool is what is left."""
 
+import math
 from dataclasses import replace
 
 import jax
 import pytest
+from jax.sharding import NamedSharding
 
+from model import partition as partitions
 from model.config import ModelConfig
+from model.weights import quantized, scale_shape
 from serve.config import ConfigError, make_config
 from serve.fit import Served, device_memory_bytes, fit, largest_shapes
 from serve.programs import activation_bytes, step_shapes
@@ -36,6 +40,7 @@ def compile_step(served: Served, shape, num_pages: int):
         (MOE, {"stage": 2, "tensor": 2}, "int8"),
         (LATENT, {"tensor": 2}, "bfloat16"),
         (replace(DENSE, quantization="int8"), {"tensor": 2}, "auto"),
+        (replace(DENSE, quantization="fp8"), {"tensor": 2}, "auto"),
     ],
 )
 def test_weights_state_and_pages_are_the_bytes_of_a_steps_arguments(model, mesh, dtype):
@@ -47,6 +52,42 @@ def test_weights_state_and_pages_are_the_bytes_of_a_steps_arguments(model, mesh,
     memory = compile_step(served, shape, 9).memory_analysis()
     counted = found.weight_bytes + found.state_bytes + found.pool_bytes + packed_bytes
     assert memory.argument_size_in_bytes == counted
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("model", [DENSE, MOE, LATENT])
+def test_weights_of_many_layers_are_counted_by_one_of_each_kind(model, tensor, monkeypatch):
+    built = []
+
+    def abstract_weights(partition, *rest):
+        built.append(partition.config.num_layers)
+        return partitions.abstract_weights(partition, *rest)
+
+    monkeypatch.setattr("serve.fit.abstract_weights", abstract_weights)
+    values = {"model": {"path": "nowhere"}, "mesh": {"tensor": tensor}}
+    served = Served(make_config(values, "test"), model, "cpu")
+    found = fit(served, ROOM)
+    kinds = {layer.experts for layer in model.layers}
+    assert built == [len(kinds)]
+    assert len(kinds) < model.num_layers
+    _, weights = partitions.abstract_weights(served.partition, served.dtype, served.kernels)
+    cuts = jax.tree.leaves(partitions.weight_specs(weights), is_leaf=lambda x: x is None)
+    mesh = make_meshes(MeshShape(tensor=tensor))[0]
+    assert found.weight_bytes == sum(
+        math.prod(NamedSharding(mesh, cut).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, cut in zip(jax.tree.leaves(weights), cuts, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("platform", "item_bytes"), [("cpu", 4), ("gpu", 1)])
+def test_fp8_weights_are_counted_as_wide_as_a_cpu_has_them(platform, item_bytes):
+    served = replace(serve(replace(DENSE, quantization="fp8")), platform=platform)
+    plain = fit(replace(served, model=replace(served.model, quantization=None)), ROOM)
+    layers = quantized(served.model)
+    scales = sum(math.prod(scale_shape(name, shape)) for name, shape in layers.items())
+    numbers = sum(map(math.prod, layers.values()))
+    narrower = numbers * (4 - item_bytes) - 4 * scales
+    assert fit(served, ROOM).weight_bytes == plain.weight_bytes - narrower
 
 
 # Of one row and one chunk: two steps of decode, and two of prefill.

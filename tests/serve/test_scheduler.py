@@ -6,6 +6,7 @@ position, page and count of every plan was right.
 """
 
 import itertools
+import math
 import zlib
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from cache.pages import NULL_PAGE, PagePool
 from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
+from serve.pace import TokenCost
 from serve.plan import Row, StepPlan
 from serve.plan import Sequence as Running
 from serve.request import (
@@ -187,7 +189,8 @@ def check_plan(plan: StepPlan, limits: Limits) -> None:
     assert plan.num_tokens == 1 or not plan.chunks
     assert all(row.num_tokens == min(plan.num_tokens, row.remaining) for row in plan.decode)
     assert all(0 <= row.slot < limits.max_batch for row in plan.rows)
-    prompts = [list(rows) for _, rows in itertools.groupby(plan.chunks, lambda row: row.slot)]
+    by_slot = sorted(plan.chunks, key=lambda row: row.slot)
+    prompts = [list(rows) for _, rows in itertools.groupby(by_slot, lambda row: row.slot)]
     slots = [row.slot for row in plan.decode] + [rows[0].slot for rows in prompts]
     assert len(slots) == len(set(slots)), "two rows of a slot that are not one piece of a prompt"
     for rows in prompts:
@@ -351,8 +354,8 @@ class Server:
 LIMITS = Limits(max_batch=3, token_budget=8, chunk=4, max_steps=1, max_queue=100, max_context=32)
 
 
-def server(num_pages: int = 100, page_size: int = 4, lateness: int = 1, **limits: int) -> Server:
-    return Server(replace(LIMITS, **limits), num_pages, page_size, lateness)
+def server(num_pages: int = 100, page_size: int = 4, lateness: int = 1, **limits: float) -> Server:
+    return Server(replace(LIMITS, **limits), num_pages, page_size, lateness)  # type: ignore
 
 
 def request(
@@ -401,6 +404,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         max_steps=draw(st.sampled_from([1, 4])),
         max_queue=draw(st.sampled_from([2, 100])),
         max_context=draw(st.sampled_from([9, 24])),
+        max_slowdown=draw(st.sampled_from([math.inf, math.inf, 1.5])),
+        token_cost=TokenCost(draw(st.sampled_from([(), ((math.inf, 0.5),)]))),
     )
     arrivals: dict[int, list[GenerateRequest]] = defaultdict(list)
     for i in range(draw(st.integers(2, 8))):
@@ -462,6 +467,58 @@ def test_preempted_request_reports_each_prompt_logprob_once(lateness):
         some.check_answer("b")
     assert "decode" in phases
     assert phases >= ({"prefill", "first token"} if lateness else set())
+
+
+def prefilled(plan: StepPlan) -> list[tuple[str, int]]:
+    """Whose prompts a step takes in, and how many tokens of each row."""
+    return [(row.sequence.request.request_id, row.length) for row in plan.chunks]
+
+
+def test_short_prompts_take_turns_with_a_long_one():
+    some = server(token_budget=9, chunk=4, max_context=64)
+    some.add(request("long", 40, max_tokens=1))
+    assert prefilled(some.step()) == [("long", 4), ("long", 4)]
+    some.add(request("short", 10, max_tokens=1))
+    assert prefilled(some.step()) == [("short", 4), ("long", 4)]
+    assert prefilled(some.step()) == [("short", 4), ("long", 4)]
+    assert prefilled(some.step()) == [("short", 2), ("long", 4)]
+    some.finish()
+    some.check_answer("long")
+    some.check_answer("short")
+
+
+def test_prompts_of_one_length_are_served_in_turn():
+    some = server(token_budget=9, chunk=4)
+    for name in "abc":
+        some.add(request(name, 12, max_tokens=1))
+    order = [name for _ in range(5) for name, _ in prefilled(some.step())]
+    assert order == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones():
+    some = server(token_budget=5, chunk=4, max_context=64)
+    some.add(request("long", 40, max_tokens=1))
+    some.step()
+    steps = itertools.count(1)
+    while "long" in some.live:
+        some.add(request(f"short {next(steps)}", 4, max_tokens=1))
+        some.step()
+    assert next(steps) <= 2 * 40 / 4 + 3
+
+
+def test_prompts_beside_decode_are_paced_and_alone_are_not():
+    limits = {"token_budget": 20, "chunk": 16, "max_context": 64, "max_slowdown": 2.0}
+    some = server(**limits)
+    some.add(request("long", 60, max_tokens=1))
+    assert prefilled(some.step()) == [("long", 16)]
+    some = server(**limits)
+    some.add(request("decodes", 4, max_tokens=60))
+    some.step()
+    some.add(request("long", 60, max_tokens=1))
+    assert not some.step().chunks, "decode alone is timed first"
+    *lengths, _ = (length for _ in range(9) for _, length in prefilled(some.step()))
+    assert lengths == sorted(lengths), "more, since on this device prompts take no time"
+    assert set(lengths) == {4, 16}
 
 
 def test_decode_rows_come_first_and_prefill_takes_what_is_left_of_the_budget():

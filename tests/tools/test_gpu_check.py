@@ -121,7 +121,7 @@ def test_a_step_in_which_nothing_repeats_is_listed_whole():
 
 def test_a_line_of_the_table_shows_what_is_budgeted():
     line = row(CASE, COST)
-    assert line.startswith("llama-3.1-8b       tensor=8          decode 64        4+1         6+1")
+    assert line.startswith(f"{CASE[0]:26} tensor=8          decode 64        4+1         6+1")
     assert line.endswith("   1 all-reduce of 1.0 kB; 1 all-reduce of 0.1 kB")
     assert line.split()[6:13] == ["0.4", "MB", "0.1", "MB", "1", "4.0", "kB"]
 
@@ -130,6 +130,28 @@ def test_every_step_that_is_compiled_has_a_committed_budget():
     assert list(read_budgets(BUDGETS)) == CASES
     assert BUDGETS.read_text().startswith("# make gpu-check")
     assert not any(budget.lost_bytes for budget in read_budgets(BUDGETS).values())
+
+
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [
+        ("llama-3.1-8b", (None, "xla")),
+        ("llama-3.1-8b int8", ("int8", "xla")),
+        ("llama-3.1-8b fp8 xla_8bit", ("fp8", "xla_8bit")),
+    ],
+)
+def test_a_models_name_says_what_its_weights_and_products_are(monkeypatch, model, form):
+    found = []
+
+    def programs(partition, *_, asked_kernels, **__):
+        found.append((partition.config.quantization, asked_kernels.small_matmul))
+        raise CompilerMissing
+
+    monkeypatch.setattr(gpu_check, "Programs", programs)
+    monkeypatch.setattr(gpu_check, "described_mesh", lambda shape: None)
+    with pytest.raises(CompilerMissing):
+        gpu_check.compile_case((model, "one device", "decode 64"), FEW)
+    assert found == [form]
 
 
 class InProcess:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ SPLIT = Tiling(queries=16, keys=16, splits=4, num_warps=4, num_stages=1)
 KERNELS = {
     "xla": jit(xla_attention.paged_attention),
     "cpu": jit(cpu_attention.paged_attention),
+    "cpu wide": jit(partial(cpu_attention.paged_attention, wide=2 * BLOCK)),
     "pallas": jit_interpreted(pallas_attention.paged_attention),
     "pallas split": jit_interpreted(pallas_attention.paged_attention, tiling=SPLIT),
 }
@@ -36,10 +38,7 @@ NUM_NEW = 5
 
 @pytest.fixture(params=KERNELS)
 def attend(request):
-    """A kernel; where one is for rows of one query only, the reference takes the others."""
-    if request.param != "cpu":
-        return KERNELS[request.param]
-    return lambda q, *args, **rules: KERNELS["cpu" if q.shape[1] == 1 else "xla"](q, *args, **rules)
+    return KERNELS[request.param]
 
 
 def rows(num_new: int, **rules) -> Case:

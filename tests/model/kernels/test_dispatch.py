@@ -15,6 +15,7 @@ from model.kernels import (
     pallas_attention,
     pallas_matmul,
     pallas_rotate,
+    xla_8bit_matmul,
     xla_attention,
     xla_matmul,
     xla_rotate,
@@ -42,7 +43,7 @@ def taken(monkeypatch) -> list[tuple[str, bool]]:
     """The kernels taken, each with whether it is interpreted; none computes anything."""
     taken = []
     attentions = (xla_attention, cpu_attention, pallas_attention)
-    for module in (*attentions, xla_matmul, cpu_matmul, pallas_matmul):
+    for module in (*attentions, xla_matmul, xla_8bit_matmul, cpu_matmul, pallas_matmul):
         name = "paged_attention" if module in attentions else "fused_matmul"
 
         def take(first, *_, name=module.__name__, interpret=False, **__):
@@ -82,8 +83,9 @@ def rotate(asked: Kernels, group: int = 2) -> None:
     kernels.rotate_and_write(asked, qkv_NKJC, None, *tokens)
 
 
-def multiply(asked: Kernels, rows: int = 2, depth: int = 256) -> None:
-    kernels.fused_matmul(asked, jnp.ones((rows, depth)), Matrix(jnp.ones((depth, 1, depth))))
+def multiply(asked: Kernels, rows: int = 2, depth: int = 256, dtype: str = "float32") -> None:
+    weight = Matrix(jnp.ones((depth, 1, depth), dtype))
+    kernels.fused_matmul(asked, jnp.ones((rows, depth)), weight)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_kernel_asked_is_the_kernel_taken(taken, fallbacks, asked, suffix, inter
 
 
 def test_decode_and_prefill_rows_are_chosen_apart(taken):
-    for asked in (Kernels(decode_attention="pallas"), kernels_for("cpu")):
+    for asked in (Kernels(decode_attention="pallas"), Kernels(decode_attention="cpu")):
         attend(asked)
         attend(asked, num_new=4)
     assert [name for name, _ in taken] == [
@@ -115,6 +117,21 @@ def test_decode_and_prefill_rows_are_chosen_apart(taken):
 def test_cpu_multiplies_in_its_own_way(taken):
     multiply(kernels_for("cpu"))
     assert taken == [("cpu_matmul", False)]
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+def test_activations_are_rounded_beside_weights_in_8_bits(taken, fallbacks, rows):
+    multiply(Kernels(small_matmul="xla_8bit"), rows, dtype="int8")
+    assert taken == [("xla_8bit_matmul", False)]
+    assert not fallbacks
+
+
+def test_activations_are_left_as_they_are_beside_other_weights(taken, fallbacks):
+    multiply(Kernels(small_matmul="xla_8bit"))
+    assert taken == [("xla_matmul", False)]
+    assert list(fallbacks) == [
+        ("small_matmul", "xla_8bit", "weights in float32, as a head's always are")
+    ]
 
 
 def test_product_of_many_rows_is_left_to_xla_without_a_word(taken, fallbacks):
