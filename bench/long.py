@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Load:
     """Of its answer."""
 
     @property
+    def longest(self) -> int:
+        """Tokens of a request, with its answer."""
+        return max(self.num_prompt + ANSWER, self.num_asked + self.num_answered)
+
+    @property
     def num_cached(self) -> int:
         return self.num_prompt + ANSWER + self.num_streams * (self.num_asked + self.num_answered)
 
@@ -93,6 +99,8 @@ class Gaps:
 @dataclass(frozen=True)
 class Report:
     model: str
+    arguments: list[str]
+    """Those of the command that name the model: none for the random one."""
     overrides: list[str]
     machine: Machine
     load: Load
@@ -132,7 +140,9 @@ class Report:
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         load, machine = self.load, self.machine
         asked = [f"--prompt {load.num_prompt}", f"--streams {load.num_streams}"]
-        command = " ".join(["weft bench long", *asked, *(f"--set {o}" for o in self.overrides)])
+        command = " ".join(
+            ["weft bench long", *self.arguments, *asked, *(f"--set {o}" for o in self.overrides)]
+        )
         lines = [
             f"A prompt of {load.num_prompt:,} tokens; its first token after {self.prefill_s:.1f} s "
             f"({load.num_prompt / self.prefill_s:,.0f} tokens/s) and {self.num_steps:,} steps.",
@@ -157,15 +167,15 @@ def run(
     cache: Path = Path(".cache"),
     tell: Tell = lambda line: None,
 ) -> Report:
-    """Raises RequestError where a request ends otherwise than by its length, ValueError where there
-    is no model, and what building the engine raises."""
+    """Raises RequestError where a request does not fit or ends otherwise than by its length,
+    ValueError where there is no model, and what building the engine raises."""
     machine = this_machine(ROOT)
     directory = model or random_model(RANDOM_MODEL, cache, tell)
     config = _config(directory, overrides, load)
     ensure_devices(config.mesh)
     keep_compiled_programs()
     process, before_bytes = psutil.Process(), 0
-    engine = build_engine(config, Progress)
+    engine = build_engine(config, Progress, check=partial(_check, load))
     engine.start()
     clients = _Clients(engine, load)
     profile, peak_bytes = engine.profiles[0], 0
@@ -192,6 +202,7 @@ def run(
     assert clients.long_began_s is not None, "it was watched until then"
     return Report(
         model=describe(directory),
+        arguments=[] if model is None else [str(model)],
         overrides=list(overrides),
         machine=machine,
         load=load,
@@ -214,6 +225,22 @@ def _config(directory: Path, overrides: Sequence[str], load: Load) -> ServeConfi
     }
     asked["cache"]["pages"] = load.num_cached // PAGE_SIZE + 2 * (load.num_streams + 1)
     return override_config(make_config(asked, "weft bench long"), overrides)
+
+
+def _check(load: Load, info: ModelInfo) -> None:
+    """Refuses what the engine would, before weights are read and steps compiled."""
+    if load.longest > info.max_context:
+        raise RequestError(
+            f"a request has up to {load.longest:,} tokens with its answer, and {info.name} has a "
+            f"context of {info.max_context:,}; name a model of a longer one, or lower --prompt "
+            f"(streams have {load.num_asked + load.num_answered:,})"
+        )
+    held = info.num_pages * info.page_size
+    if load.num_cached > held:
+        raise RequestError(
+            f"all requests together have {load.num_cached:,} tokens, and the cache holds {held:,}; "
+            "lower --prompt or --streams, or leave cache.pages to the bench"
+        )
 
 
 def _pool_bytes(config: ServeConfig, info: ModelInfo) -> int:

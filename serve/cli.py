@@ -151,7 +151,9 @@ def convert(
             readable=True,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="To calibrate on.")] = 16_384,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="To calibrate on; 16,384 unless told.")
+    ] = None,
     to: Annotated[Format, typer.Option(help="Orbax to serve from, hf for others.")] = Format.ORBAX,
 ) -> None:
     """Convert a checkpoint, verified, and all or nothing."""
@@ -159,6 +161,8 @@ def convert(
         raise typer.BadParameter("--calibrate is of a quantization; give --quantize int8 or fp8")
     if text is not None and not calibrate:
         raise typer.BadParameter("--text is to calibrate on; give --calibrate, too")
+    if tokens is not None and not calibrate:
+        raise typer.BadParameter("--tokens are to calibrate on; give --calibrate, too")
 
     from serve.commands import convert as command
 
@@ -168,7 +172,7 @@ def convert(
         destination,
         to_dtype,
         quantize.value if quantize else None,
-        command.Calibration(tokens, text) if calibrate else None,
+        command.Calibration(tokens or command.NUM_TOKENS, text) if calibrate else None,
         to.value,
     )
 

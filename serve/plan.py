@@ -99,6 +99,8 @@ class StepPlan:
     """Tokens a decode row advances."""
     admitted: list[Sequence] = field(default_factory=list[Sequence])
     """Sequences whose slot is new to them: the device must learn their parameters."""
+    prompt_cost: float = 0.0
+    """Of the prefill rows, by `serve.pace.TokenCost`, as wide as they might be."""
     planned_s: float = 0.0
 
     @property

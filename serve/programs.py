@@ -140,9 +140,9 @@ class Programs:
             weights: list[jax.Array], state: State, packed: jax.Array
         ) -> tuple[State, StepOutput]:
             decoder = nnx.merge(graph, _without_stages(jax.tree.unflatten(tree, weights)))
-            state = _map_pages(lambda pages: pages[0], state)
+            state = _map_pages(lambda pages: _in_order(pages[0]), state)
             state, output = step(decoder, shape, state, packing.unpack(packed))
-            return _map_pages(_with_stage, state), output
+            return _map_pages(lambda pages: _in_order(pages[None]), state), output
 
         sharded = jax.shard_map(
             run,
@@ -188,14 +188,13 @@ def _map_pages(function: Callable[[jax.Array], jax.Array], state: State) -> Stat
     return replace(state, pages=jax.tree.map(function, state.pages))
 
 
-def _with_stage(pages: jax.Array) -> jax.Array:
-    """[P, ...] as [1, P, ...], laid out as it was given.
+def _in_order(pages: jax.Array) -> jax.Array:
+    """Laid out as it was given.
 
     Of two axes of length one XLA (CPU, jaxlib 0.11.2) would choose an order that is not the
     argument's, and copy all pages of a device with one kv head.
     """
-    in_order = Layout(tuple(range(pages.ndim + 1)))
-    return with_layout_constraint(pages[None], in_order)
+    return with_layout_constraint(pages, Layout(tuple(range(pages.ndim))))
 
 
 def _without_stages(weights: Any) -> Any:

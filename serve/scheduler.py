@@ -91,7 +91,7 @@ class Scheduler:
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._num_arrived = 0
         self._pace = Pace(limits.max_slowdown)
-        self._is_shorts_turn = False
+        self._is_shorts_turn = True
         self._committed_s = -math.inf
 
     @property
@@ -168,34 +168,46 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """The next step: every decodable row, then prefill as far as budget and pace allow."""
-        admitted: list[Sequence] = []
         decode, num_tokens = self._plan_decode()
-        chunks = self._plan_prefill(now_s, len(decode), admitted)
-        return StepPlan(decode, chunks, num_tokens, admitted, now_s)
+        chunks, admitted, cost = self._plan_prefill(len(decode), now_s)
+        return StepPlan(decode, chunks, num_tokens, admitted, cost, now_s)
 
-    def _plan_prefill(self, now_s: float, num_decode: int, admitted: list[Sequence]) -> list[Row]:
-        """Rows of prompts; of one width, or a single narrow one."""
+    def _plan_prefill(
+        self, num_decode: int, now_s: float
+    ) -> tuple[list[Row], list[Sequence], float]:
+        """Rows of prompts, who was admitted for them, and what they cost.
+
+        The rows have `chunk` tokens or less, or there is a single narrow one.
+        """
         limits = self.limits
+        rows: list[Row] = []
+        admitted: list[Sequence] = []
+        total = 0.0
         if not (self._waiting or self._first_prefilling()):
-            return []
+            return rows, admitted, total
         allowed = self._pace.allowed(num_decode, limits.max_batch)
         budget = min(limits.token_budget - num_decode, limits.max_chunk_rows * limits.chunk)
-        rows: list[Row] = []
         while allowed > 0 and budget > 0 and len(rows) < limits.max_chunk_rows:
-            sequence = self._next_prefill(now_s, admitted)
+            sequence, is_contested = self._next_prefill()
             if sequence is None:
                 break
             cost = limits.token_cost.at(sequence.num_computed)
-            fitting = [width for width in limits.widths if width * cost <= allowed]
-            if rows and fitting[:1] != [limits.chunk]:
+            fitting = (width for width in limits.widths if width * cost <= allowed)
+            width = next(fitting, limits.widths[-1])
+            if rows and (width < limits.chunk or width * cost > allowed):
                 break
-            width = fitting[0] if fitting else limits.widths[-1]
+            if is_contested:
+                self._is_shorts_turn = not self._is_shorts_turn
+            if sequence.slot is None:
+                self._admit(sequence, now_s)
+                admitted.append(sequence)
             rows.append(self._prefill_row(sequence, min(width, budget)))
+            total += width * cost
             if width < limits.chunk:
                 break
             budget -= rows[-1].length
             allowed -= width * cost
-        return rows
+        return rows, admitted, total
 
     def _plan_decode(self) -> tuple[list[Row], int]:
         """Decode rows with their pages, preempting the latest arrivals where pages run out."""
@@ -248,42 +260,36 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(sequence)
 
-    def _next_prefill(self, now_s: float, admitted: list[Sequence]) -> Sequence | None:
-        """Whose prompt gets the next row; admits a sequence where it is its turn.
+    def _next_prefill(self) -> tuple[Sequence | None, bool]:
+        """Whose prompt gets the next row, and whether another's might have.
 
-        The first in precedence and the shortest of those behind it, if that is shorter, take turns:
-        so a long prompt doesn't hold up short ones, nor they it by more than as much again.
+        The first in precedence and the shortest of the others, if that is shorter, take turns: so a
+        long prompt doesn't hold up short ones, nor they it by more than as much again.
         """
         first = self._first_prefilling()
-        waiting = self._admissible()
         if first is None:
-            return waiting and self._admit(waiting, now_s, admitted)
+            waiting = self._first_waiting()
+            return (waiting if waiting and self._has_room(waiting) else None), False
         others = [s for s in self.running if s.prefilling and s is not first]
-        if waiting is not None:
+        waiting = self._shortest_waiting()
+        if waiting is not None and self._has_room(waiting):
             others.append(waiting)
         shortest = min(others, key=_left, default=first)
         if _left(shortest) >= _left(first):
-            return first
-        self._is_shorts_turn = not self._is_shorts_turn
-        if not self._is_shorts_turn:
-            return first
-        return self._admit(shortest, now_s, admitted) if shortest is waiting else shortest
+            return first, False
+        return (shortest if self._is_shorts_turn else first), True
 
-    def _admissible(self) -> Sequence | None:
-        """The sequence that waits first, if there is room for it."""
-        sequence = self._first_waiting()
-        if sequence is None or not self._free_slots:
-            return None
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a sequence that waits can be admitted."""
         # The results of steps planned before a preemption must arrive before it is planned again.
+        if not self._free_slots or sequence.num_in_flight:
+            return False
         # Each running sequence may soon want a page: admission leaves it one.
-        reserve = len(self.running)
-        needed = self.tables.pool.pages_for(len(sequence.tokens) + 1)
-        if sequence.num_in_flight or needed + reserve > self.tables.pool.num_free:
-            return None
-        return sequence
+        needed = self.tables.pool.pages_for(len(sequence.tokens) + 1) + len(self.running)
+        return needed <= self.tables.pool.num_free
 
-    def _admit(self, sequence: Sequence, now_s: float, admitted: list[Sequence]) -> Sequence:
-        heapq.heappop(self._waiting)
+    def _admit(self, sequence: Sequence, now_s: float) -> None:
+        self._leave_queue(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.prefill_end = len(sequence.tokens)
         self.tables.grow(sequence.slot, len(sequence.tokens) + 1)
@@ -291,8 +297,6 @@ class Scheduler:
             sequence.scheduled_s = now_s
         self.running.append(sequence)
         self.running.sort(key=_precedence)
-        admitted.append(sequence)
-        return sequence
 
     def _prefill_row(self, sequence: Sequence, width: int) -> Row:
         """The next tokens of a prompt, at most `width`."""
@@ -320,17 +324,19 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, results: ListLike[RowResult], now_s: float) -> list[Output]:
         """Takes in a step's tokens: what each request is given, and which requests end."""
-        cost = sum(row.length * self.limits.token_cost.at(row.start) for row in plan.chunks)
-        # A step begins when it is planned or, if that was still under way, when the last one ended.
-        seconds = now_s - max(self._committed_s, plan.planned_s)
-        self._pace.observe(len(plan.decode), plan.num_tokens, cost, seconds)
-        self._committed_s = now_s
-        outputs = [
+        taken = [
             self._commit_row(row, result, now_s)
             for row, result in zip(plan.rows, results, strict=True)
             if not row.sequence.finished
         ]
-        return [output for output in outputs if output is not None]
+        outputs = [output for output in taken if output is not None]
+        # A step begins when it is planned or, if that was still under way, when the last one ended.
+        seconds = now_s - max(self._committed_s, plan.planned_s)
+        self._committed_s = now_s
+        # A loop ends with the last of its rows.
+        if num_tokens := max((len(output.token_ids) for output in outputs), default=0):
+            self._pace.observe(len(plan.decode), num_tokens, plan.prompt_cost, seconds)
+        return outputs
 
     def _commit_row(self, row: Row, result: RowResult, now_s: float) -> Output | None:
         sequence = row.sequence
@@ -373,8 +379,7 @@ class Scheduler:
         sequence.finished = True
         del self._by_id[sequence.request.request_id]
         if sequence.slot is None:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
-            heapq.heapify(self._waiting)
+            self._leave_queue(sequence)
         else:
             self._leave(sequence)
         scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
@@ -405,6 +410,13 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (*_precedence(sequence), sequence))
 
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if self._first_waiting() is sequence:
+            heapq.heappop(self._waiting)
+            return
+        self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+        heapq.heapify(self._waiting)
+
     def _first_prefilling(self) -> Sequence | None:
         """The first of those that run with prompt left to compute."""
         return next((s for s in self.running if s.num_computed < s.prefill_end), None)
@@ -412,6 +424,11 @@ class Scheduler:
     def _first_waiting(self) -> Sequence | None:
         """The sequence to admit next."""
         return self._waiting[0][2] if self._waiting else None
+
+    def _shortest_waiting(self) -> Sequence | None:
+        """Of those with the first one's priority."""
+        alike = (s for priority, _, s in self._waiting if priority == self._waiting[0][0])
+        return min(alike, key=_left, default=None)
 
 
 def _left(sequence: Sequence) -> int:

@@ -183,7 +183,9 @@ class _Layer:
         # Powers of two, so that few programs are compiled for any number of tokens.
         rows = 1 << max(len(x_ND) - 1, 0).bit_length()
         padded_ND = np.pad(x_ND, ((0, rows - len(x_ND)), (0, 0)))
-        return np.asarray(_hidden(padded_ND, gate_up_D2F, bias_2F, config=self.config))[: len(x_ND)]
+        with jax.default_device(jax.devices("cpu")[0]):
+            hidden_ND = _hidden(padded_ND, gate_up_D2F, bias_2F, config=self.config)
+        return np.asarray(hidden_ND)[: len(x_ND)]
 
     def _keep(self, name: str, numbers: np.ndarray, scales: np.ndarray) -> Rounded:
         """What the layer computes with from here on."""

@@ -66,30 +66,12 @@ def convert(
     Raises CheckpointError, or what else went wrong, having left nothing at `destination`.
     """
     source, destination = Path(source), Path(destination)
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    if to not in ("orbax", "hf"):
-        raise CheckpointError(f"cannot convert to {to!r}; it can be orbax or hf")
-    if quantization is not None and quantization not in QUANTIZED_DTYPES:
-        raise CheckpointError(
-            f"cannot quantize to {quantization!r}; it can be {' or '.join(QUANTIZED_DTYPES)}"
-        )
-    if quantization and to == "hf":
-        raise CheckpointError("quantized weights are written to orbax only; leave out --to hf")
     if calibration is not None and quantization is None:
         raise CheckpointError("calibration is of a quantization; give one, int8 or fp8")
-    tensors = open_checkpoint(source, cache_bytes=0)
-    config = read_model_config(source)
-    if config.quantization:
-        raise CheckpointError(
-            f"{source} is quantized to {config.quantization} already; convert the checkpoint that "
-            "it was made of"
-        )
-    rounding = _rounding(tensors, config, quantization, calibration) if quantization else None
-    to_dtype = DTYPES[dtype] if dtype else None
-    stream = _Stream(tensors, config, to_dtype, quantization, rounding, progress)
-    beside = _files_beside(source)
-    _check_space(destination, stream.num_bytes + sum(path.stat().st_size for path in beside))
+    stream, beside = _prepare(source, destination, dtype, quantization, to)
+    stream.progress = progress
+    if quantization:
+        stream.round = _rounding(stream.source, stream.config, quantization, calibration)
 
     with staged(destination) as directory:
         for path in beside:
@@ -109,13 +91,54 @@ def convert(
                 for name, spec in stream.specs.items()
             }
             Manifest(
-                architecture=config.architecture,
+                architecture=stream.config.architecture,
                 tensors=records,
                 calibration_tokens=None if calibration is None else calibration.size,
             ).save(directory)
         else:
             _write_hugging_face(directory, stream)
         _verify(directory, stream)
+
+
+def check(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    dtype: str | None = None,
+    quantization: Quantization | None = None,
+    to: Literal["orbax", "hf"] = "orbax",
+) -> None:
+    """Raises what `convert` would before it reads weights."""
+    _prepare(Path(source), Path(destination), dtype, quantization, to)
+
+
+def _prepare(
+    source: Path, destination: Path, dtype: str | None, quantization: Quantization | None, to: str
+) -> tuple["_Stream", list[Path]]:
+    """The weights as they will be, and the files beside them. Raises CheckpointError."""
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if to not in ("orbax", "hf"):
+        raise CheckpointError(f"cannot convert to {to!r}; it can be orbax or hf")
+    if quantization is not None and quantization not in QUANTIZED_DTYPES:
+        raise CheckpointError(
+            f"cannot quantize to {quantization!r}; it can be {' or '.join(QUANTIZED_DTYPES)}"
+        )
+    if quantization and to == "hf":
+        raise CheckpointError("quantized weights are written to orbax only; leave out --to hf")
+    if destination.exists() or destination.is_symlink():
+        raise CheckpointError(f"{destination} exists; remove it or choose another destination")
+    tensors = open_checkpoint(source, cache_bytes=0)
+    config = read_model_config(source)
+    if config.quantization:
+        raise CheckpointError(
+            f"{source} is quantized to {config.quantization} already; convert the checkpoint that "
+            "it was made of"
+        )
+    stream = _Stream(tensors, config, DTYPES[dtype] if dtype else None, quantization)
+    beside = _files_beside(source)
+    _check_space(destination, stream.num_bytes + sum(path.stat().st_size for path in beside))
+    return stream, beside
 
 
 class _Stream:
@@ -127,9 +150,11 @@ class _Stream:
         config: ModelConfig,
         dtype: np.dtype | None,
         quantization: Quantization | None,
-        rounding: Round | None,
-        progress: Progress,
     ):
+        self.source, self.config = source, config
+        self.round: Round | None = None
+        """Of weights that are quantized."""
+        self.progress: Progress = lambda done, total, name: None
         self.weights = weights(config)
         self.specs = {
             weight.name: TensorSpec(
@@ -140,7 +165,6 @@ class _Stream:
             )
             for weight in self.weights
         }
-        self._round = rounding
         self._quantized = quantized(config) if quantization else {}
         for name, shape in self._quantized.items():
             assert quantization, "nothing is quantized without"
@@ -151,8 +175,6 @@ class _Stream:
         }
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
         self.digests: dict[str, str] = {}
-        self._source = source
-        self._progress = progress
         self._done_bytes = 0
 
     def blocks(self) -> Iterator[Block]:
@@ -179,15 +201,16 @@ class _Stream:
         """One part of each."""
         name = weight.name
         rows = _rows(len(weight.parts), part)
-        if self._round is None or name not in self._quantized:
-            array = self._source.read(name, rows)
-            yield contiguous(cast(array, self.specs[name].dtype, name))
+        if name in self._quantized:
+            assert self.round is not None, "it is given before blocks are"
+            yield from self.round(name, rows)
         else:
-            yield from self._round(name, rows)
+            array = self.source.read(name, rows)
+            yield contiguous(cast(array, self.specs[name].dtype, name))
 
     def report(self, num_bytes: int, name: str) -> None:
         self._done_bytes += num_bytes
-        self._progress(self._done_bytes, 2 * self.num_bytes, name)
+        self.progress(self._done_bytes, 2 * self.num_bytes, name)
 
 
 def _rounding(

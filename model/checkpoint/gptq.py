@@ -65,6 +65,7 @@ def round_for(
     order = np.argsort(-metric_II.diagonal(), kind="stable")
     factor_II = _lower_factor(metric_II[np.ix_(order, order)])
     pull_II = (factor_II / factor_II.diagonal()[:, None]).astype(np.float32)
+    del metric_II, factor_II  # of many inputs they are most of the memory
     numbers_IO = np.empty(meant_IO.shape, QUANTIZED_DTYPES[quantization])
     meant_IO = meant_IO[order]
     errors_IO = np.zeros_like(meant_IO)
@@ -85,7 +86,9 @@ def _damped(inputs: Moments) -> np.ndarray:
     Few tokens say little of rare directions. docs/performance.md has what other amounts cost.
     """
     energy = np.trace(inputs.here_II) / max(inputs.num_tokens, 1)
-    return inputs.here_II + np.eye(len(inputs.here_II)) * (energy if energy > 0 else 1.0)
+    damped_II = inputs.here_II.copy()
+    damped_II[np.diag_indices_from(damped_II)] += energy if energy > 0 else 1.0
+    return damped_II
 
 
 def _lower_factor(metric_II: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`weft convert`."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from model.checkpoint.convert import convert
+from model.checkpoint.convert import check, convert
 from model.config import Quantization
 from model.families import read_model_config
 from serve.commands.text import Text, load_text
@@ -16,6 +17,8 @@ from serve.progress import Progress
 
 LENGTH = 256
 """Tokens of a sequence to calibrate on, at most; each is computed from its own begin."""
+NUM_TOKENS = 16_384
+"""To calibrate on: four times as many gained nothing sure."""
 SEED = 1
 """Other than that of `weft bench quality`, which should not score what was calibrated on."""
 
@@ -38,8 +41,8 @@ def run(
     to: Literal["orbax", "hf"],
 ) -> None:
     """Prints the new directory. Raises RequestError, and what `convert` raises."""
-    if destination.exists():  # told before the time that calibration takes
-        raise RequestError(f"{destination} exists; remove it or choose another destination")
+    # Told before the time that calibration takes.
+    check(source, destination, dtype=dtype, quantization=quantization, to=to)
     token_ids = None if calibration is None else _token_ids(source, calibration)
     with Progress(f"converting {source.name}, twice: write and verify") as progress:
         convert(
@@ -60,7 +63,9 @@ def _token_ids(model: Path, calibration: Calibration) -> np.ndarray:
     length = min(LENGTH, read_model_config(model).max_context - 1, calibration.num_tokens)
     num_sequences = -(-calibration.num_tokens // length)
     if calibration.text is None:
-        return np.array(_write(model, num_sequences, length), np.int32)
+        written = _write(model, num_sequences, length)
+        gc.collect()  # the engine is in cycles, and would keep its weights and pages meanwhile
+        return np.array(written, np.int32)
     token_ids = _encode(calibration.text, text, model)
     needed = num_sequences * length
     if len(token_ids) < needed:

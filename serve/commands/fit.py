@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -144,9 +145,14 @@ def find_target(hardware: str | None, mesh: MeshSection) -> Target:
 
 
 def _taken_share() -> float:
-    """Of a GPU's memory, as `ensure_devices` has it."""
-    told = (os.environ.get(name) for name in MEMORY_VARIABLES)
-    return float(next(filter(None, told), MEMORY_FRACTION))
+    """Of a GPU's memory, as `ensure_devices` has it. Raises ConfigError."""
+    for name in MEMORY_VARIABLES:
+        if told := os.environ.get(name):
+            with suppress(ValueError):
+                if 0 < float(told) <= 1:
+                    return float(told)
+            raise ConfigError(f"{name} is {told!r}; it must be a share of the memory, such as 0.95")
+    return float(MEMORY_FRACTION)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,22 @@ def test_a_request_that_fails_ends_the_bench(clients):
         arrive(clients, (1.0, Output("1", (), finish_reason=FinishReason.ERROR, error="broken")))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "overrides", "why"),
+    [
+        (500, [], "up to 516 tokens with its answer, and .* has a context of 512; name a model"),
+        (300, ["cache.pages=20"], "404 tokens, and the cache holds 320; lower --prompt or --str"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused_before_weights_are_read(
+    tmp_path, monkeypatch, prompt, overrides, why
+):
+    monkeypatch.setattr("serve.build.load_weights", None)
+    model = random_model(TINY | {"context": 512}, tmp_path, lambda line: None)
+    with pytest.raises(RequestError, match=why):
+        run(model, overrides, replace(LOAD, num_prompt=prompt))
+
+
 def test_a_run_tells_what_streams_noticed_and_what_memory_was_taken(tmp_path):
     model = random_model(TINY | {"context": 512}, tmp_path, lambda line: None)
     overrides = ["schedule.chunk=16", "schedule.token_budget=16"]
@@ -87,3 +103,5 @@ def test_a_run_tells_what_streams_noticed_and_what_memory_was_taken(tmp_path):
     assert json.loads(report.to_json())["figures"]["slowdown"] == report.slowdown
     table = replace(report, alone=Gaps(9, 0.01, 0.02, 0.1), beside=Gaps(9, 0.02, 0.05, 0.1))
     assert "| ratio | 2.00 | 2.50 | 1.00 |" in table.to_markdown()
+    command = f"`weft bench long {model} --prompt 300 --streams 2 --set {overrides[0]} "
+    assert command in table.to_markdown()

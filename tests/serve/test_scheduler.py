@@ -217,7 +217,7 @@ class Server:
         self.outputs: dict[str, list[Output]] = defaultdict(list)
         self.expected: dict[str, tuple[tuple[int, ...], FinishReason]] = {}
         self.requests: dict[str, GenerateRequest] = {}
-        self.num_steps = 0
+        self.num_steps = 0.0
 
     @property
     def pool(self) -> PagePool:
@@ -292,11 +292,11 @@ class Server:
         assert len(preempted) == self.scheduler.num_preemptions - num_preemptions
         assert preempted == before[len(before) - len(preempted) :]
         assert not preempted or preempted[0] is not before[0], "the first in order goes on"
-        admitted = [precedence(sequence) for sequence in plan.admitted]
+        admitted = [sequence.request.priority for sequence in plan.admitted]
         assert admitted == sorted(admitted)
         names = {sequence.request.request_id for sequence in running}
         waiting = [self.requests[name].priority for name in self.live - names]
-        assert not admitted or not waiting or admitted[-1][0] <= min(waiting)
+        assert not admitted or not waiting or admitted[-1] <= min(waiting)
         if plan.num_tokens > 1:
             assert not waiting
         for sequence in running:
@@ -519,6 +519,80 @@ def test_prompts_beside_decode_are_paced_and_alone_are_not():
     *lengths, _ = (length for _ in range(9) for _, length in prefilled(some.step()))
     assert lengths == sorted(lengths), "more, since on this device prompts take no time"
     assert set(lengths) == {4, 16}
+
+
+class TimedServer(Server):
+    """One whose steps take as long as their rows say."""
+
+    def __init__(self, **limits: float) -> None:
+        cost = TokenCost(((math.inf, 0.01),))
+        limits = {
+            "max_batch": 16,
+            "max_context": 5000,
+            "token_budget": 64,
+            "chunk": 32,
+            "max_slowdown": 3.0,
+        } | limits
+        super().__init__(replace(LIMITS, token_cost=cost, **limits), 5000, 4)  # type: ignore
+
+    def step(self, abort_planned: str | None = None) -> StepPlan:
+        plan = self.scheduler.schedule(self.num_steps)
+        results = self.device.run(plan)
+        cost = sum(row.length * self.limits.token_cost.at(row.start) for row in plan.chunks)
+        self.num_steps += 0.01 + 0.0002 * cost  # in seconds, here
+        self._take(self.scheduler.commit(plan, results, self.num_steps))
+        return plan
+
+    def add_streams(self) -> None:
+        for i in range(3):
+            self.add(request(f"stream {i}", 4, max_tokens=2000))
+        for _ in range(20):
+            self.step()
+
+
+@pytest.mark.parametrize("num_short", [20, 40, 200])
+def test_beside_streams_neither_long_nor_short_prompts_starve(num_short):
+    some = TimedServer()
+    some.add_streams()
+    some.add(request("long", 1000, max_tokens=1))
+    for i in range(300):
+        if not any(name.startswith("short") for name in some.live):
+            some.add(request(f"short {i}", num_short, max_tokens=1))
+        some.step()
+    shorts = [name for name in some.requests if name.startswith("short")]
+    assert "long" not in some.live
+    assert len(shorts) > 10
+    assert max(some.timings(name).first_token_s for name in set(shorts) - some.live) < 2.0
+
+
+def test_many_short_prompts_beside_streams_share_steps():
+    some = TimedServer()
+    some.add_streams()
+    for i in range(8):
+        some.add(request(f"short {i}", 8, max_tokens=1))
+    steps = itertools.takewhile(lambda _: "short 7" in some.live, iter(some.step, None))
+    assert len(list(steps)) <= 6
+
+
+def test_a_short_prompt_does_not_wait_for_a_second_long_one():
+    some = TimedServer()
+    some.add_streams()
+    some.add(request("long", 3000, max_tokens=1))
+    some.add(request("longer", 3500, max_tokens=1))
+    some.add(request("short", 40, max_tokens=1))
+    for _ in range(30):
+        some.step()
+    assert some.live >= {"long", "longer"}
+    assert "short" not in some.live
+
+
+def test_a_loop_that_ended_early_is_timed_by_the_tokens_it_gave():
+    some = TimedServer(max_steps=4)
+    for i in range(6):
+        some.add(request(f"stream {i}", 4, max_tokens=2))
+        some.finish()
+    (decode_s,) = some.scheduler._pace._decode_s.values()
+    assert min(decode_s) == pytest.approx(0.01 / 1)
 
 
 def test_decode_rows_come_first_and_prefill_takes_what_is_left_of_the_budget():

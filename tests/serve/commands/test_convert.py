@@ -2,12 +2,14 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from serve import cli
+from serve.build import build_engine
 from serve.commands import convert
 from serve.commands.convert import Calibration
 from serve.errors import RequestError
@@ -41,6 +43,20 @@ def test_what_the_model_writes_is_the_same_each_time(model, tmp_path, capsys):
         manifests.append((tmp_path / name / "weft.json").read_bytes())
     assert manifests[0] == manifests[1], "digests of all tensors are in it"
     assert json.loads(manifests[0])["calibration_tokens"] == 2 * 63, "two sequences of 63"
+
+
+def test_the_engine_that_wrote_is_gone_when_the_model_is_converted(model, tmp_path, monkeypatch):
+    engines, alive = [], []
+
+    def build(*arguments, **options):
+        engine = build_engine(*arguments, **options)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr("serve.build.build_engine", build)
+    monkeypatch.setattr(convert, "convert", lambda *_, **__: alive.append(engines[0]()))
+    convert.run(model, tmp_path / "out", None, "int8", Calibration(20), "orbax")
+    assert alive == [None]
 
 
 def test_a_text_is_cut_into_sequences(model, tmp_path, monkeypatch):
