@@ -58,6 +58,8 @@ LONG, ANSWER = "long", 16
 """Tokens that follow the long prompt."""
 BASELINE_S = 30.0
 """How long the streams are timed alone."""
+SCHEDULE = ("token_budget", "chunk", "max_slowdown")
+"""What of it decides a prompt's pace."""
 POLL_S = 0.2
 """Longest without a look at memory."""
 PAGE_SIZE = 16
@@ -104,7 +106,7 @@ class Report:
     overrides: list[str]
     machine: Machine
     load: Load
-    schedule: dict[str, Any]
+    schedule: dict[str, str]
     alone: Gaps
     beside: Gaps
     prefill_s: float
@@ -206,7 +208,7 @@ def run(
         overrides=list(overrides),
         machine=machine,
         load=load,
-        schedule=config.schedule.model_dump(include={"token_budget", "chunk", "max_slowdown"}),
+        schedule={name: str(getattr(config.schedule, name)) for name in SCHEDULE},
         alone=alone,
         beside=beside,
         prefill_s=clients.long_began_s - sent_s,

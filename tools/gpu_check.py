@@ -67,8 +67,9 @@ STEPS = {
     "loop 64": StepShape(64, 0, LIMITS.chunk, LIMITS.max_steps),
     "prefill": StepShape(0, 4, LIMITS.chunk, 1),
     "mixed": StepShape(64, 4, LIMITS.chunk, 1),
+    "narrow": StepShape(64, 1, LIMITS.chunk // 16, 1),
 }
-"""Decode rows, or prefill rows of 512 tokens, or both."""
+"""Decode rows, or prefill rows of 512 tokens (one of 32 where it is narrow), or both."""
 
 ALONE = {
     "llama-3.1-8b int8": ("decode 1", "decode 64", "prefill"),
@@ -83,7 +84,7 @@ these steps: that is minutes less."""
 def _is_checked(model: str, mesh: str, step: str) -> bool:
     if model in ALONE:
         return mesh == str(MeshShape()) and step in ALONE[model]
-    return mesh == str(MeshShape()) or step not in ("decode 1", "loop 64")
+    return mesh == str(MeshShape()) or step not in ("decode 1", "loop 64", "narrow")
 
 
 CASES = [case for case in product(MODELS, MESHES, STEPS) if _is_checked(*case)]
