@@ -96,7 +96,7 @@ class ScheduleSection(Section):
     """Tokens a row advances in one device call when nobody waits."""
     chunk: Count = 64
     """Most prompt tokens of one prefill row."""
-    max_slowdown: Annotated[float, Field(gt=1)] = 3.0
+    max_slowdown: Annotated[float, Field(gt=1)] = 2.0
     """Where some decode, how many times as long as without it a step with prompt may take: more
     lets prompts be done sooner, less keeps streams even. inf: token_budget alone bounds it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
