@@ -271,7 +271,8 @@ class Scheduler:
             waiting = self._first_waiting()
             return (waiting if waiting and self._has_room(waiting) else None), False
         others = [s for s in self.running if s.prefilling and s is not first]
-        waiting = self._shortest_waiting()
+        # A long queue is looked through only where one of it could be admitted.
+        waiting = self._shortest_waiting() if self._free_slots else None
         if waiting is not None and self._has_room(waiting):
             others.append(waiting)
         shortest = min(others, key=_left, default=first)
