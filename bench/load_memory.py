@@ -40,7 +40,8 @@ from model.checkpoint.manifest import Manifest, TensorRecord
 from model.checkpoint.orbax_store import WEIGHTS, write_orbax
 from model.checkpoint.source import Block
 from model.families import read_config, read_model_config
-from model.partition import Partition, abstract_weights, stream_weights
+from model.loading import stream_weights
+from model.partition import Partition, abstract_weights
 from model.weights import shapes
 from serve.commands.devices import ensure_devices
 from serve.config import MeshSection

@@ -19,7 +19,8 @@ from cache.tables import PageTables
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
 from model.families import read_model_config
 from model.kernel_choice import Kernels
-from model.partition import Partition, abstract_weights, load_weights
+from model.loading import load_weights
+from model.partition import Partition, abstract_weights
 from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo
 from serve.fit import Fit, Served, device_memory_bytes, fit

@@ -21,9 +21,10 @@ from model.checkpoint.gptq import Moments, round_for
 from model.checkpoint.source import CheckpointError, Index
 from model.config import Layer, ModelConfig, Quantization, Rope
 from model.inputs import Input, noted_inputs
+from model.loading import Source, stream_weights
 from model.mlp import activate
 from model.pages import empty_pages
-from model.partition import Partition, Source, abstract_weights, stream_weights
+from model.partition import Partition, abstract_weights
 from model.weights import quantized, summed_axes
 from sharding.mesh import MeshShape, make_meshes
 

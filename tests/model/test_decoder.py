@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from model.attention import Tokens
+from model.loading import load_weights
 from model.pages import empty_pages
-from model.partition import Partition, abstract_weights, load_weights
+from model.partition import Partition, abstract_weights
 from sharding.mesh import MeshShape, make_meshes
 from tests.assets import needs_assets
 from tests.model.reference import FAMILY_NAMES, load_expected, load_family, logits

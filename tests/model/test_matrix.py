@@ -9,8 +9,9 @@ import pytest
 
 from model.checkpoint.quantize import quantize
 from model.kernel_choice import XLA, Kernels, kernels_for
+from model.loading import load_weights
 from model.panels import COLUMNS, panel_shape
-from model.partition import Partition, abstract_weights, load_weights
+from model.partition import Partition, abstract_weights
 from model.weights import quantized, shapes, summed_axes
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, MOE, ArraySource, random_weights

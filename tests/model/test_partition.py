@@ -12,7 +12,8 @@ import pytest
 from model import weights
 from model.attention import NO_WINDOW
 from model.config import Experts
-from model.partition import Partition, abstract_weights, fitting_meshes, load_weights, misfit
+from model.loading import load_weights
+from model.partition import Partition, abstract_weights, fitting_meshes, misfit
 from model.rope import inverse_frequencies
 from sharding.mesh import MeshError, MeshShape, make_meshes, parse_mesh
 from tests.assets import needs_assets

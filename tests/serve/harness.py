@@ -16,7 +16,8 @@ from cache.tables import PageTables
 from model import weights
 from model.config import Experts, Latent, Layer, ModelConfig, Rope
 from model.kernel_choice import Kernels, kernels_for
-from model.partition import Partition, load_weights
+from model.loading import load_weights
+from model.partition import Partition
 from serve.engine import Engine, ModelInfo
 from serve.programs import CacheShape, Programs
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs

@@ -8,7 +8,7 @@ import pytest
 
 from model.checkpoint import CheckpointError
 from model.families import UnsupportedModel, read_model_config
-from model.partition import load_weights
+from model.loading import load_weights
 from serve.build import build_engine
 from serve.client import Client
 from serve.commands import generate as generate_command

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from model.host_memory import aligned_empty
-from model.partition import Partition, abstract_weights, load_weights, stream_weights
+from model.loading import load_weights, stream_weights
+from model.partition import Partition, abstract_weights
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, random_weights
 
