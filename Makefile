@@ -33,8 +33,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: setup
 	@$(BIN)/weft serve $(CONFIG) $(ARGS)
 
+# A module's tests stay together: they share what they compiled.
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: setup
 	@$(BIN)/ruff format --check .
