@@ -42,18 +42,19 @@ class PageTables:
             )
         self._append(row, self.pool.allocate(missing))
 
-    def fork(self, source: int, row: int, num_tokens: int) -> int:
-        """Lets the empty `row` share source's pages that the first `num_tokens` tokens fill.
-
-        Returns how many tokens that is: a page filled in part is not shared, since both would write
-        it.
-        """
+    def adopt(self, row: int, pages: Sequence[int]) -> None:
+        """Lets the empty `row` begin with `pages`, which hold a prefix that others computed."""
         assert not self._pages[row], f"row {row} still has pages"
-        assert num_tokens <= self.capacity(source), f"row {source} holds fewer than {num_tokens}"
-        shared = self._pages[source][: num_tokens // self.pool.page_size]
-        self.pool.share(shared)
-        self._append(row, shared)
-        return len(shared) * self.pool.page_size
+        self.pool.index.use(pages)
+        self.pool.share(pages)
+        self._append(row, pages)
+
+    def replace(self, row: int, number: int, page: int) -> None:
+        """Lets the row have `page`, which holds the same tokens, in place of its own."""
+        held = self._pages[row]
+        self.pool.share([page])
+        self.pool.release([held[number]])
+        held[number] = self.array[row, number] = page
 
     def free(self, row: int) -> None:
         """Gives the row's pages back."""

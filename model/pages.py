@@ -67,6 +67,25 @@ def write_pages(
     return jax.tree.unflatten(tree, written)
 
 
+def copy_pages(
+    pages: Pages, source_N: Int[Array, "N"], target_N: Int[Array, "N"], num: Int[Array, ""]
+) -> Pages:
+    """Copies the first `num` of the pages `source_N` over the pages `target_N`, in order.
+
+    `pages` lie [stages, P, ...]. One after the other in a loop whose length is data: so one program
+    serves any number of them, and nothing else is moved.
+    """
+
+    def copy_one(i: jax.Array, pages: Pages) -> Pages:
+        def copied(leaf: jax.Array) -> jax.Array:
+            page = jax.lax.dynamic_slice_in_dim(leaf, source_N[i], 1, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(leaf, page, target_N[i], axis=1)
+
+        return jax.tree.map(copied, pages)
+
+    return jax.lax.fori_loop(0, num, copy_one, pages)
+
+
 def stored(
     parts: Sequence[Float[Array, "*N part"]], dtype: Any
 ) -> tuple[list[jax.Array], Float[Array, "*N"] | None]:

@@ -30,11 +30,12 @@ from plan.kinds.kind import Outcome
 from plan.kinds.serving import Serving
 from plan.models import load_model
 from serve.engine import Engine, ModelInfo
+from serve.limits import Limits
 from serve.profile import Phase, Step
 from serve.programs import CacheShape, Programs, powers_of_two, step_shapes
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
 from serve.runner import Runner
-from serve.scheduler import Limits, Scheduler
+from serve.scheduler import Scheduler
 from serve.trace import NUM_KEPT, summarize
 from sharding.mesh import MeshShape, make_meshes
 

@@ -22,11 +22,11 @@ from plan.hardware import RowWork
 from plan.kernel_choice import asked_kernels
 from plan.kinds.step import Step
 from plan.models import load_model
+from serve.limits import Limits
 from serve.packing import padding_row
 from serve.plan import Row, Sequence, StepPlan
 from serve.programs import CacheShape, Programs, powers_of_two
 from serve.request import GenerateRequest
-from serve.scheduler import Limits
 from sharding.mesh import make_meshes, parse_mesh
 from sharding.rules import REPLICATED
 

@@ -102,7 +102,7 @@ class _Builder:
         )
         self.check(info)
         weights = self._load(mesh, dtype, kernels)
-        pool = PagePool(found.num_pages + 1, found.page_size)
+        pool = PagePool(found.num_pages + 1, found.page_size, limits.token_cost.at)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
         programs = served.programs(found.num_pages, mesh, kernels)
         runner = Runner(programs, weights, tables.array, self.kept)
@@ -110,7 +110,8 @@ class _Builder:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
                 runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
             self._check_compiled(replace(found, activation_bytes=runner.activation_bytes))
-        return runner, Scheduler(limits, tables, frozenset(model.eos_ids)), info
+        caching, eos_ids = config.cache.prefix_caching, frozenset(model.eos_ids)
+        return runner, Scheduler(limits, tables, eos_ids, caching), info
 
     def _check_compiled(self, found: Fit) -> None:
         """That what the compiler says of the steps fits, too, where the estimate did."""

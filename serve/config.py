@@ -60,6 +60,8 @@ class CacheSection(Section):
     """Share of each device's memory for weights and pages together; see `memory_share`."""
     page_size: Count | None = None
     """Tokens of a page, a power of two; see `tokens_per_page`."""
+    prefix_caching: bool = True
+    """Whether a prompt shares the pages of what was computed before of the same tokens."""
     dtype: CacheDtype = "auto"
     """auto: the model's; fp8: float8_e4m3fn; int8: with a scale for each head of each token."""
 

@@ -102,6 +102,7 @@ class Engine:
             raise InvalidRequest(
                 f"prompt token id {wrong[0]} is outside the vocabulary: 0 to {vocab - 1}"
             )
+        names = self._scheduler.names_of(request)
         with self._changed:
             if self.failure is not None:
                 raise Unavailable(f"the engine has failed: {self.failure}")
@@ -113,7 +114,7 @@ class Engine:
                     f"request {request.request_id!r} is being served; choose another request_id"
                 )
             now_s = self._clock()
-            self._scheduler.add(request, self._seeds.getrandbits(63), now_s)
+            self._scheduler.add(request, self._seeds.getrandbits(63), now_s, names)
             self._clients[request.request_id] = _Client(sink, RequestClock(now_s))
             self._changed.notify_all()
 
@@ -147,6 +148,8 @@ class Engine:
                 max_batch=self._scheduler.limits.max_batch,
                 max_queue=self._scheduler.limits.max_queue,
                 num_preemptions=self._scheduler.num_preemptions,
+                prefix_queries=self._scheduler.prefixes.num_asked,
+                prefix_hits=self._scheduler.prefixes.num_found,
                 num_finished=self._num_finished,
                 generated_tokens=self._num_generated,
                 prompt_tokens=self._num_prompt,
@@ -166,9 +169,12 @@ class Engine:
     def step(self) -> None:
         """One turn: the next step is on its way before the last one's tokens are read."""
         step = self._profile.begin()
-        with step.phase(Phase.SCHEDULE), self._changed:
-            plan = self._scheduler.schedule(self._clock())
-        pending = self._runner.submit(plan, step) if plan else None
+        with self._changed:
+            with step.phase(Phase.SCHEDULE):
+                plan = self._scheduler.schedule(self._clock())
+            # Before anybody can abort a request: pages that it is to compute have names already.
+            packed = self._runner.pack(plan, step) if plan else None
+        pending = self._runner.submit(packed, step) if packed else None
         last, self._in_flight = self._in_flight, pending
         if last:
             self._commit(last)

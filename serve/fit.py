@@ -20,9 +20,9 @@ from model.kernel_choice import XLA, Kernels, kernels_for
 from model.partition import Partition, abstract_weights, weight_specs
 from model.step import StepShape
 from serve.config import ConfigError, MeshSection, ServeConfig
+from serve.limits import Limits
 from serve.pace import token_cost
 from serve.programs import CacheShape, Programs, step_shapes
-from serve.scheduler import Limits
 from sharding.mesh import STAGE, TENSOR
 
 

@@ -6,6 +6,7 @@ It holds no device arrays; everything here is plain Python.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cache.keys import PageNames
 from serve.request import GenerateRequest, TokenLogprobs
 
 
@@ -27,6 +28,12 @@ class Sequence:
     tokens: list[int]
     """The prompt, then the output as far as it has arrived on the host."""
     num_prompt: int
+    names: PageNames | None = None
+    """Of its full pages; None where prefixes are not cached."""
+    num_named: int = 0
+    """Pages in its row of the tables that have been named, from the start on."""
+    num_cached: int = 0
+    """Tokens of the prompt that were found in the cache."""
     slot: int | None = None
     """Its row in page tables and device state while it runs."""
     num_computed: int = 0
@@ -61,6 +68,16 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         return self.num_computed < self.prefill_end
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of its prompt that are yet to be computed, as far as is known."""
+        return max(self.prefill_end, len(self.tokens)) - self.num_computed
+
+    @property
+    def needs_all_computed(self) -> bool:
+        """Whether the log probabilities of all its prompt's tokens are wanted."""
+        return self.request.sampling.prompt_logprobs is not None and not self.prompt_reported
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
         """The prompt's logprobs, once."""
@@ -99,6 +116,8 @@ class StepPlan:
     """Tokens a decode row advances."""
     admitted: list[Sequence] = field(default_factory=list[Sequence])
     """Sequences whose slot is new to them: the device must learn their parameters."""
+    copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Pages to copy before the step: source and target."""
     prompt_cost: float = 0.0
     """Of the prefill rows, by `serve.pace.TokenCost`, as wide as they might be."""
     planned_s: float = 0.0

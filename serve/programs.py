@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from model.kernel_choice import Kernels, kernels_for
-from model.pages import Pages, empty_pages
+from model.pages import Pages, copy_pages, empty_pages
 from model.partition import Partition, abstract_weights, weight_specs
 from model.sampling import History
 from model.step import State, StepOutput, StepShape, step
+from serve.limits import Limits
 from serve.packing import Packing
-from serve.scheduler import Limits
 from sharding.rules import PAGES, REPLICATED
 
 
@@ -156,6 +156,25 @@ class Programs:
             in_shardings=self.shardings(cuts),
             out_shardings=self.shardings((state_cuts, REPLICATED)),
             donate_argnums=1,
+        )
+
+    def jit_copy(self) -> Any:
+        """(state, sources, targets, how many) -> state, in which those pages are copied.
+
+        As many as a step admits: each has `limits.max_chunk_rows` places. The state is donated.
+        """
+
+        def copy(state: State, sources: jax.Array, targets: jax.Array, num: jax.Array) -> State:
+            copied = [copy_pages(pages, sources, targets, num) for pages in state.pages]
+            return replace(state, pages=copied)
+
+        cuts = self.argument_cuts()[1]
+        state, whole = self.shardings(cuts), self.shardings(REPLICATED)
+        return jax.jit(
+            copy,
+            in_shardings=(state, whole, whole, whole),
+            out_shardings=state,
+            donate_argnums=0,
         )
 
     def new_state(self) -> State:

@@ -185,6 +185,9 @@ class Load:
     max_batch: int
     max_queue: int
     num_preemptions: int
+    prefix_queries: int
+    """Tokens of prompts that were looked up in the cache, and, next, those that were found."""
+    prefix_hits: int
     num_finished: int
     generated_tokens: int
     prompt_tokens: int

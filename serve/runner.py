@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as ListLike
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.pages import NULL_PAGE
 from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
@@ -67,19 +69,30 @@ class Runner:
         self._sampling = np.zeros((programs.limits.max_batch + 1, SAMPLING_WIDTH), np.int32)
         self._sampling[-1] = padding_row(self._vocab_size)
 
-    def submit(self, plan: StepPlan, step: Step) -> "Pending":
-        """Dispatches the plan and returns at once; the times it takes go into `step`."""
+    def pack(self, plan: StepPlan, step: Step) -> "Packed":
+        """What the device needs to know of the plan, with the page tables as they are now; the time
+        it takes goes into `step`."""
         with step.phase(Phase.PACK):
             for sequence in plan.admitted:
-                self._admit(sequence)
+                assert sequence.slot is not None, "who is admitted has a slot"
+                self._sampling[sequence.slot] = sampling_row(sequence, self._vocab_size)
             shape = self._bucket(plan)
             packed = self.programs.packing(shape).pack(plan, self._sampling, self._tables)
+        return Packed(plan, shape, packed)
+
+    def submit(self, packed: "Packed", step: Step) -> "Pending":
+        """Dispatches the step and returns at once; the times it takes go into `step`."""
+        plan, shape = packed.plan, packed.shape
         if shape not in self._compiled:
             with step.phase(Phase.COMPILE):
                 self._compile_late(shape)
         with step.phase(Phase.DISPATCH):
+            for sequence in plan.admitted:
+                self._begin_history(sequence)
+            if plan.copies:
+                self._copy(plan.copies)
             # NumPy's array goes in as it is: `device_put` first costs more than the rest of a call.
-            self._state, output = self._compiled[shape](self._weights, self._state, packed)
+            self._state, output = self._compiled[shape](self._weights, self._state, packed.array)
             if self._copies_ahead:
                 output.tokens.copy_to_host_async()
         step.dispatched(_work(plan, shape), output.tokens.is_ready)
@@ -110,6 +123,7 @@ class Runner:
             finally:
                 pool.shutdown(cancel_futures=True)
         self._set_history(self.programs.limits.max_batch, [], [])
+        self._copy([(NULL_PAGE, NULL_PAGE)])
         self._is_warm = True
 
     @property
@@ -167,12 +181,24 @@ class Runner:
             lowered = self.programs.jit_step(shape).lower(*arguments)
             return lowered, tuple((fallbacks - before).elements())
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Lets a slot know its new sequence."""
+    def _copy(self, copies: ListLike[tuple[int, int]]) -> None:
+        """Copies pages, as (source, target)."""
+        most = self.programs.limits.max_chunk_rows
+        for first in range(0, len(copies), most):
+            some = np.zeros((2, most), np.int32)
+            num = len(copies[first : first + most])
+            some[:, :num] = np.transpose(copies[first : first + most])
+            self._state = self._copy_program(self._state, *some, np.int32(num))
+
+    @cached_property
+    def _copy_program(self) -> Any:
+        return self.programs.jit_copy()
+
+    def _begin_history(self, sequence: Sequence) -> None:
+        """Lets a slot know which tokens its new sequence has, where they count."""
         slot = sequence.slot
         if slot is None:
             return  # another thread aborted it since the step was planned
-        self._sampling[slot] = sampling_row(sequence, self._vocab_size)
         if sequence.request.sampling.has_penalties:
             num_prompt = sequence.num_prompt
             prompt, output = sequence.tokens[:num_prompt], sequence.tokens[num_prompt:]
@@ -196,6 +222,15 @@ class Runner:
             return replace(state, history=history)
 
         return jax.jit(set_history, donate_argnums=0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A step that can be dispatched."""
+
+    plan: StepPlan
+    shape: StepShape
+    array: NDArray[np.int32]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@ Plain Python on integers: it takes the time as an argument and knows neither dev
 the same code runs in the server, the tests and the simulator.
 """
 
-import heapq
 import math
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
+from cache.keys import PageNames, root_key
 from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
-from serve.pace import NO_CONTEXT_COST, Pace, TokenCost
+from serve.limits import Limits
+from serve.pace import Pace
 from serve.plan import Row, Sequence, StepPlan
+from serve.prefixes import Prefixes
 from serve.request import (
     MAX_STOP_IDS,
     FinishReason,
@@ -23,49 +25,7 @@ from serve.request import (
     TokenLogprobs,
     Usage,
 )
-
-LEAST_WIDTH = 4
-"""Tokens of a prefill row: with fewer, a prompt hardly gets on."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one step, one request and the queue may take."""
-
-    max_batch: int
-    """Sequences that run at once; each has a slot."""
-    token_budget: int
-    """New tokens of a step, decode rows and prefill together."""
-    chunk: int
-    """Tokens of a prefill row; a longer piece of prompt takes several rows of a step."""
-    max_steps: int
-    """Tokens a decode row advances in one call when nobody waits."""
-    max_queue: int
-    max_context: int
-    max_slowdown: float = math.inf
-    """Of a step with prompt over one of decode alone, where there is decode."""
-    token_cost: TokenCost = NO_CONTEXT_COST
-
-    def __post_init__(self) -> None:
-        if self.token_budget <= self.max_batch:
-            raise ValueError(
-                f"schedule.token_budget is {self.token_budget}, schedule.max_batch "
-                f"{self.max_batch}: a full batch would leave no tokens for prefill; raise "
-                "token_budget above max_batch"
-            )
-
-    @property
-    def max_chunk_rows(self) -> int:
-        return max(1, self.token_budget // self.chunk)
-
-    @property
-    def widths(self) -> list[int]:
-        """Tokens that the prefill rows of a step may have, widest first: a step beside decode has
-        one row of less than `chunk` where more would take too long."""
-        if math.isinf(self.max_slowdown):
-            return [self.chunk]
-        narrow = [self.chunk // 4, self.chunk // 16]
-        return [self.chunk, *(width for width in narrow if width >= LEAST_WIDTH)]
+from serve.waiting import WaitingQueue, precedence
 
 
 class RowResult(NamedTuple):
@@ -79,14 +39,22 @@ class RowResult(NamedTuple):
 class Scheduler:
     """Sequences waiting and running, and the pages and slots they hold."""
 
-    def __init__(self, limits: Limits, tables: PageTables, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        tables: PageTables,
+        eos_ids: frozenset[int],
+        prefix_caching: bool = True,
+    ) -> None:
         self.limits = limits
+        self.prefix_caching = prefix_caching
         self.tables = tables
         self.eos_ids = eos_ids
         self.running: list[Sequence] = []
         """In order of precedence: the last is the first to be preempted."""
         self.num_preemptions = 0
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self.prefixes = Prefixes(tables)
+        self._waiting = WaitingQueue()
         self._by_id: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._num_arrived = 0
@@ -102,8 +70,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._by_id)
 
-    def add(self, request: GenerateRequest, seed: int, now_s: float) -> None:
-        """Queues a request; `seed` serves where it names none.
+    def add(
+        self,
+        request: GenerateRequest,
+        seed: int,
+        now_s: float,
+        names: PageNames | None = None,
+    ) -> None:
+        """Queues a request; `seed` serves where it names none. With the `names` of its pages it
+        shares them with others.
 
         Raises DuplicateRequest, Overloaded, or InvalidRequest when it could never be served.
         """
@@ -136,9 +111,22 @@ class Scheduler:
             seed=seed if sampling.seed is None else sampling.seed,
             tokens=list(request.prompt_ids),
             num_prompt=len(request.prompt_ids),
+            names=names,
         )
         self._by_id[request.request_id] = sequence
-        self._wait(sequence)
+        self._waiting.push(sequence)
+
+    def names_of(self, request: GenerateRequest) -> PageNames | None:
+        """The names of the prompt's pages, with which to add it; None if prefixes are not cached.
+
+        It may be called from any thread: of a long prompt it takes milliseconds.
+        """
+        if not self.prefix_caching:
+            return None
+        root = root_key(request.tenant, request.cache_salt)
+        names = PageNames(root, self.tables.pool.page_size)
+        names.extend(request.prompt_ids)
+        return names
 
     def _max_length(self, request: GenerateRequest) -> int:
         """Tokens, prompt included, at which the request ends; refuses what can never fit."""
@@ -169,29 +157,26 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan:
         """The next step: every decodable row, then prefill as far as budget and pace allow."""
         decode, num_tokens = self._plan_decode()
-        chunks, admitted, cost = self._plan_prefill(len(decode), now_s)
-        return StepPlan(decode, chunks, num_tokens, admitted, cost, now_s)
+        plan = StepPlan(decode, num_tokens=num_tokens, planned_s=now_s)
+        if self._waiting or self._first_prefilling():
+            plan = self._with_prefill(plan)
+        self.prefixes.end_plan()
+        return plan
 
-    def _plan_prefill(
-        self, num_decode: int, now_s: float
-    ) -> tuple[list[Row], list[Sequence], float]:
-        """Rows of prompts, who was admitted for them, and what they cost.
+    def _with_prefill(self, plan: StepPlan) -> StepPlan:
+        """The plan with rows of prompts, and who was admitted for them.
 
         The rows have `chunk` tokens or less, or there is a single narrow one.
         """
-        limits = self.limits
-        rows: list[Row] = []
-        admitted: list[Sequence] = []
-        total = 0.0
-        if not (self._waiting or self._first_prefilling()):
-            return rows, admitted, total
+        limits, num_decode = self.limits, len(plan.decode)
+        rows, admitted, copies, total = plan.chunks, plan.admitted, plan.copies, 0.0
         allowed = self._pace.allowed(num_decode, limits.max_batch)
         budget = min(limits.token_budget - num_decode, limits.max_chunk_rows * limits.chunk)
         while allowed > 0 and budget > 0 and len(rows) < limits.max_chunk_rows:
             sequence, is_contested = self._next_prefill()
             if sequence is None:
                 break
-            cost = limits.token_cost.at(sequence.num_computed)
+            cost = limits.token_cost.at(self._next_position(sequence))
             fitting = (width for width in limits.widths if width * cost <= allowed)
             width = next(fitting, limits.widths[-1])
             if rows and (width < limits.chunk or width * cost > allowed):
@@ -199,7 +184,7 @@ class Scheduler:
             if is_contested:
                 self._is_shorts_turn = not self._is_shorts_turn
             if sequence.slot is None:
-                self._admit(sequence, now_s)
+                copies += self._admit(sequence, plan.planned_s)
                 admitted.append(sequence)
             rows.append(self._prefill_row(sequence, min(width, budget)))
             total += width * cost
@@ -207,7 +192,7 @@ class Scheduler:
                 break
             budget -= rows[-1].length
             allowed -= width * cost
-        return rows, admitted, total
+        return replace(plan, prompt_cost=total)
 
     def _plan_decode(self) -> tuple[list[Row], int]:
         """Decode rows with their pages, preempting the latest arrivals where pages run out."""
@@ -230,7 +215,7 @@ class Scheduler:
 
     def _num_tokens(self) -> int:
         """How far decode rows go in one call: far when nobody waits and pages suffice, else one."""
-        if self.limits.max_steps == 1 or self._first_waiting() or self._first_prefilling():
+        if self.limits.max_steps == 1 or self._waiting.first or self._first_prefilling():
             return 1
         decodable = [s for s in self.running if s.remaining > 0]
         steps = max((min(self.limits.max_steps, s.remaining) for s in decodable), default=1)
@@ -254,11 +239,12 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes the pages and the slot back; its tokens are computed again later."""
+        self.prefixes.end(sequence)
         self._leave(sequence)
         sequence.num_computed = sequence.prefill_end = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait(sequence)
+        self._waiting.push(sequence)
 
     def _next_prefill(self) -> tuple[Sequence | None, bool]:
         """Whose prompt gets the next row, and whether another's might have.
@@ -268,15 +254,15 @@ class Scheduler:
         """
         first = self._first_prefilling()
         if first is None:
-            waiting = self._first_waiting()
+            waiting = self._waiting.first
             return (waiting if waiting and self._has_room(waiting) else None), False
         others = [s for s in self.running if s.prefilling and s is not first]
         # A long queue is looked through only where one of it could be admitted.
-        waiting = self._shortest_waiting() if self._free_slots else None
+        waiting = self._waiting.shortest if self._free_slots else None
         if waiting is not None and self._has_room(waiting):
             others.append(waiting)
-        shortest = min(others, key=_left, default=first)
-        if _left(shortest) >= _left(first):
+        shortest = min(others, key=lambda other: other.num_left, default=first)
+        if shortest.num_left >= first.num_left:
             return first, False
         return (shortest if self._is_shorts_turn else first), True
 
@@ -286,24 +272,37 @@ class Scheduler:
         if not self._free_slots or sequence.num_in_flight:
             return False
         # Each running sequence may soon want a page: admission leaves it one.
-        needed = self.tables.pool.pages_for(len(sequence.tokens) + 1) + len(self.running)
+        needed = self.prefixes.num_taken(sequence) + len(self.running)
         return needed <= self.tables.pool.num_free
 
-    def _admit(self, sequence: Sequence, now_s: float) -> None:
-        self._leave_queue(sequence)
+    def _next_position(self, sequence: Sequence) -> int:
+        """Where a prompt's next row begins."""
+        if sequence.slot is None:
+            return self.prefixes.num_cached(sequence)
+        self.prefixes.catch_up(sequence)
+        return sequence.num_computed
+
+    def _admit(self, sequence: Sequence, now_s: float) -> list[tuple[int, int]]:
+        """Lets a sequence run; returns the pages to copy for it."""
+        self._waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.prefill_end = len(sequence.tokens)
-        self.tables.grow(sequence.slot, len(sequence.tokens) + 1)
+        copies = self.prefixes.admit(sequence)
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now_s
         self.running.append(sequence)
-        self.running.sort(key=_precedence)
+        self.running.sort(key=precedence)
+        return copies
 
     def _prefill_row(self, sequence: Sequence, width: int) -> Row:
         """The next tokens of a prompt, at most `width`."""
         assert sequence.slot is not None, "a row needs a slot"
         start = sequence.num_computed
         stop = min(start + width, sequence.prefill_end)
+        # From a page's start on, a prompt finds what others have computed meanwhile.
+        aligned = stop - stop % self.tables.pool.page_size
+        if start < aligned and stop < sequence.prefill_end:
+            stop = aligned
         num_tokens = int(stop == sequence.prefill_end)
         targets: list[int] = []
         if sequence.request.sampling.prompt_logprobs is not None and not sequence.prompt_reported:
@@ -321,6 +320,7 @@ class Scheduler:
         )
         sequence.num_computed = stop
         sequence.num_in_flight = num_tokens
+        self.prefixes.name_planned(sequence, stop)
         return row
 
     def commit(self, plan: StepPlan, results: ListLike[RowResult], now_s: float) -> list[Output]:
@@ -361,6 +361,7 @@ class Scheduler:
         token_ids, logprobs = tuple(result.token_ids[:taken]), tuple(result.logprobs[:taken])
         if reason is not None:
             return self._finish(sequence, reason, token_ids, now_s, logprobs)
+        self.prefixes.name_computed(sequence)
         return Output(
             request_id=sequence.request.request_id,
             token_ids=token_ids,
@@ -380,8 +381,9 @@ class Scheduler:
         sequence.finished = True
         del self._by_id[sequence.request.request_id]
         if sequence.slot is None:
-            self._leave_queue(sequence)
+            self._waiting.remove(sequence)
         else:
+            self.prefixes.end(sequence)
             self._leave(sequence)
         scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
         first_token_s = now_s if sequence.first_token_s is None else sequence.first_token_s
@@ -391,7 +393,11 @@ class Scheduler:
             logprobs=logprobs,
             prompt_logprobs=sequence.take_prompt_logprobs(),
             finish_reason=reason,
-            usage=Usage(sequence.num_prompt, len(sequence.tokens) - sequence.num_prompt),
+            usage=Usage(
+                sequence.num_prompt,
+                len(sequence.tokens) - sequence.num_prompt,
+                sequence.num_cached,
+            ),
             timings=Timings(
                 scheduled_s - sequence.arrival_s,
                 first_token_s - sequence.arrival_s,
@@ -406,37 +412,9 @@ class Scheduler:
         self.tables.free(sequence.slot)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
+        sequence.num_named = 0
         self.running.remove(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (*_precedence(sequence), sequence))
-
-    def _leave_queue(self, sequence: Sequence) -> None:
-        if self._first_waiting() is sequence:
-            heapq.heappop(self._waiting)
-            return
-        self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
-        heapq.heapify(self._waiting)
 
     def _first_prefilling(self) -> Sequence | None:
         """The first of those that run with prompt left to compute."""
         return next((s for s in self.running if s.num_computed < s.prefill_end), None)
-
-    def _first_waiting(self) -> Sequence | None:
-        """The sequence to admit next."""
-        return self._waiting[0][2] if self._waiting else None
-
-    def _shortest_waiting(self) -> Sequence | None:
-        """Of those with the first one's priority."""
-        alike = (s for priority, _, s in self._waiting if priority == self._waiting[0][0])
-        return min(alike, key=_left, default=None)
-
-
-def _left(sequence: Sequence) -> int:
-    """Tokens of its prompt that are yet to be computed."""
-    return max(sequence.prefill_end, len(sequence.tokens)) - sequence.num_computed
-
-
-def _precedence(sequence: Sequence) -> tuple[int, int]:
-    """Lower goes first; a preempted sequence keeps its place."""
-    return (sequence.request.priority, sequence.order)

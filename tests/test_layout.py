@@ -36,6 +36,10 @@ HOST_SIDE = [
         path
         for name in (
             "scheduler",
+            "limits",
+            "waiting",
+            "prefixes",
+            "pace",
             "plan",
             "profile",
             "request",

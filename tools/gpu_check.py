@@ -29,8 +29,8 @@ from model.step import StepShape
 from plan.compiled import Kind, Operation, Program, examine, launches
 from plan.described import CompilerMissing, compile_described, described_mesh
 from plan.models import load_model
+from serve.limits import Limits
 from serve.programs import CacheShape, Programs
-from serve.scheduler import Limits
 from sharding.mesh import MeshShape
 from tools.budgets import (
     BudgetError,

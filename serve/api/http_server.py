@@ -80,6 +80,8 @@ class EngineCollector:
             "prompt_tokens": load.prompt_tokens,
             "generation_tokens": load.generated_tokens,
             "num_preemptions": load.num_preemptions,
+            "prefix_cache_queries": load.prefix_queries,
+            "prefix_cache_hits": load.prefix_hits,
             "num_requests_finished": load.num_finished,
             "compiles_after_warmup": load.compiles_after_warmup,
         }

@@ -92,6 +92,8 @@ def load_response(load: Load) -> pb.GetLoadResponse:
         max_batch=load.max_batch,
         max_queue=load.max_queue,
         num_preemptions=load.num_preemptions,
+        prefix_queries=load.prefix_queries,
+        prefix_hits=load.prefix_hits,
         num_finished=load.num_finished,
         generated_tokens=load.generated_tokens,
         prompt_tokens=load.prompt_tokens,

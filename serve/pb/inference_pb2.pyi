@@ -218,7 +218,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "pages_used", "pages_total", "max_batch", "max_queue", "num_preemptions", "num_finished", "generated_tokens", "prompt_tokens", "compiles_after_warmup", "draining")
+    __slots__ = ("num_running", "num_waiting", "pages_used", "pages_total", "max_batch", "max_queue", "num_preemptions", "num_finished", "generated_tokens", "prompt_tokens", "compiles_after_warmup", "draining", "prefix_queries", "prefix_hits")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,8 @@ class GetLoadResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_WARMUP_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     pages_used: int
@@ -243,7 +245,9 @@ class GetLoadResponse(_message.Message):
     prompt_tokens: int
     compiles_after_warmup: int
     draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_finished: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    prefix_queries: int
+    prefix_hits: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_finished: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., draining: _Optional[bool] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -129,6 +129,8 @@ class FakeEngine:
             max_batch=self.info.max_batch,
             max_queue=self._max_queue,
             num_preemptions=0,
+            prefix_queries=0,
+            prefix_hits=0,
             num_finished=self._num_finished,
             generated_tokens=0,
             prompt_tokens=0,

@@ -19,10 +19,11 @@ from model.kernel_choice import Kernels, kernels_for
 from model.loading import load_weights
 from model.partition import Partition
 from serve.engine import Engine, ModelInfo
+from serve.limits import Limits
 from serve.programs import CacheShape, Programs
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs
 from serve.runner import Runner
-from serve.scheduler import Limits, Scheduler
+from serve.scheduler import Scheduler
 from sharding.mesh import MeshShape, make_meshes
 from tests.model.reference import logits
 
@@ -127,10 +128,12 @@ class Parts:
     tables: PageTables
     runner: Runner
 
-    def scheduler(self, **changes: Any) -> Scheduler:
-        """A new one; `changes` are to its limits, within those the runner was made for."""
+    def scheduler(self, prefix_caching: bool = True, **changes: Any) -> Scheduler:
+        """A new one, of which nothing is cached yet; `changes` are to its limits, within those the
+        runner was made for."""
+        self.tables.pool.flush()
         limits = replace(self.limits, **changes)
-        return Scheduler(limits, self.tables, frozenset(self.config.eos_ids))
+        return Scheduler(limits, self.tables, frozenset(self.config.eos_ids), prefix_caching)
 
     def engine(self, runner: Any = None, **changes: Any) -> Engine:
         """A new one, not started: `generate` and tests move it by `step`."""

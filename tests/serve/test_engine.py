@@ -531,9 +531,9 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def submit(self, plan, step):
-        self._happens(plan)
-        return self._runner.submit(plan, step)
+    def submit(self, packed, step):
+        self._happens(packed.plan)
+        return self._runner.submit(packed, step)
 
 
 def test_request_may_be_aborted_between_plan_and_step(parts):

@@ -50,8 +50,15 @@ def tokens_on_one_device(model):
 def served(model, mesh):
     parts = make_parts(MODELS[model], weights(model), mesh)
     compile_few(parts.runner)
-    answers = generate(parts.engine(), requests(model))
+    engine = parts.engine()
+    answers = generate(engine, requests(model))
     assert parts.tables.pool.num_used == 0
+    # Once more, from the cache.
+    again = [replace(request, request_id=f"again {i}") for i, request in enumerate(requests(model))]
+    for one, other in zip(answers.values(), generate(engine, again).values(), strict=True):
+        assert one.token_ids == other.token_ids
+    # A single token isn't worth the copy of a page.
+    assert engine.load().prefix_hits == sum(length - 1 for length in PROMPT_LENGTHS if length > 2)
     return answers
 
 

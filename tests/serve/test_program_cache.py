@@ -14,10 +14,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from model.kernel_choice import fallbacks
 from serve import program_cache, program_key
+from serve.limits import Limits
 from serve.program_cache import ProgramCache, beside_jax
 from serve.programs import Programs
 from serve.runner import Runner
-from serve.scheduler import Limits
 from sharding.mesh import MeshShape
 from tests.serve.harness import (
     DENSE,

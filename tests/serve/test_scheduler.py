@@ -8,7 +8,7 @@ position, page and count of every plan was right.
 import itertools
 import math
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cache.pages import NULL_PAGE, PagePool
 from cache.tables import PageTables
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
+from serve.limits import Limits
 from serve.pace import TokenCost
 from serve.plan import Row, StepPlan
 from serve.plan import Sequence as Running
@@ -29,9 +30,11 @@ from serve.request import (
     Timings,
     TokenLogprobs,
 )
-from serve.scheduler import Limits, RowResult, Scheduler
+from serve.scheduler import RowResult, Scheduler
 
 VOCAB = 11
+COMMON = (4, 0, 4, 9, 9, 1, 4, 0, 4, 2, 10, 8)
+"""Prompts begin with some of it: so they share prefixes."""
 EOS = frozenset({7})
 MEANINGLESS = -1
 """The device's token for a row that had ended before the step."""
@@ -75,32 +78,44 @@ def longest(request: GenerateRequest, limits: Limits, pool: PagePool) -> int | N
     return length if length <= memory else None
 
 
+def root_of(request: GenerateRequest) -> int:
+    """What stands before a first token: requests of different roots may not share it."""
+    return zlib.crc32(repr((request.tenant, request.cache_salt)).encode())
+
+
 class FakeDevice:
     """Runs plans in the order they are submitted, on pages that remember who wrote what."""
 
     def __init__(self, tables: PageTables, limits: Limits) -> None:
         self.tables = tables
         self.limits = limits
-        self.written: dict[tuple[int, int], tuple[int, int, int]] = {}
-        """(page, offset) -> (the request's order, position, token)."""
+        self.written: dict[tuple[int, int], tuple[int, int]] = {}
+        """(page, offset) -> (what stands before it, token): a key depends on all tokens before."""
+        self.rows = tables.array
+        """The page tables as they were when the step under way was packed."""
         self.tenants: dict[int, Running] = {}
         """By slot."""
         self.last_token: dict[int, int] = {}
         self.ended: dict[int, bool] = {}
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
+    def pack(self, plan: StepPlan) -> None:
         check_plan(plan, self.limits)
         for sequence in plan.admitted:
-            if not sequence.finished:
-                assert sequence.slot is not None
-                self.tenants[sequence.slot] = sequence
+            assert sequence.slot is not None
+            self.tenants[sequence.slot] = sequence
+        self.rows = self.tables.array.copy()
+        for row in plan.rows:
+            self._check_row(row)
+
+    def run(self, plan: StepPlan) -> list[RowResult]:
+        for source, target in plan.copies:
+            for offset in range(self.tables.pool.page_size):
+                self.written.pop((target, offset), None)
+                if (source, offset) in self.written:
+                    self.written[target, offset] = self.written[source, offset]
         return [self._run_row(row, plan) for row in plan.rows]
 
     def _run_row(self, row: Row, plan: StepPlan) -> RowResult:
-        if row.sequence.finished:  # aborted after it was planned: its row of the table is empty
-            assert not self.tables.array[row.slot].any()
-            return RowResult([MEANINGLESS] * row.num_tokens)
-        self._check_row(row)
         if row.token_ids:
             return self._prefill(row)
         if self.ended[row.slot]:
@@ -135,24 +150,25 @@ class FakeDevice:
         return chosen
 
     def _write(self, row: Row, position: int, token: int) -> None:
-        page = self._page(row, position)
-        assert self.tables.pool.num_owners(page) == 1, "a row writes into a page others read"
-        assert page in self.tables.pages(row.slot), "a row writes into a page it does not own"
-        offset = position % self.tables.pool.page_size
-        self.written[page, offset] = (row.sequence.order, position, token)
+        before = root_of(row.sequence.request)
+        if position:
+            before = zlib.crc32(repr(self.written[self._place(row, position - 1)]).encode())
+        self.written[self._place(row, position)] = (before, token)
 
     def _read(self, row: Row, length: int) -> list[int]:
         """The row's tokens, from its pages."""
-        size = self.tables.pool.page_size
-        found = [self.written[self._page(row, at), at % size] for at in range(length)]
-        expected = [(row.sequence.order, at) for at in range(length)]
-        assert [one[:2] for one in found] == expected, "a row reads what it has not written"
-        return [token for _, _, token in found]
+        found = [self.written[self._place(row, at)] for at in range(length)]
+        before = root_of(row.sequence.request)
+        for one in found:
+            assert one[0] == before, "a row reads what was computed after other tokens"
+            before = zlib.crc32(repr(one).encode())
+        return [token for _, token in found]
 
-    def _page(self, row: Row, position: int) -> int:
-        page = int(self.tables.array[row.slot, position // self.tables.pool.page_size])
+    def _place(self, row: Row, position: int) -> tuple[int, int]:
+        number, offset = divmod(position, self.tables.pool.page_size)
+        page = int(self.rows[row.slot, number])
         assert page != NULL_PAGE, f"position {position} has no page"
-        return page
+        return page, offset
 
     def _check_row(self, row: Row) -> None:
         sequence = row.sequence
@@ -206,11 +222,18 @@ def precedence(sequence: Running) -> tuple[int, int]:
 class Server:
     """A scheduler and a fake device, whose results are read `lateness` steps late."""
 
-    def __init__(self, limits: Limits, num_pages: int, page_size: int, lateness: int = 1) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        num_pages: int,
+        page_size: int,
+        lateness: int = 1,
+        prefix_caching: bool = True,
+    ) -> None:
         width = -(-limits.max_context // page_size)
         tables = PageTables(PagePool(num_pages, page_size), limits.max_batch + 1, width)
         self.limits = limits
-        self.scheduler = Scheduler(limits, tables, EOS)
+        self.scheduler = Scheduler(limits, tables, EOS, prefix_caching)
         self.device = FakeDevice(tables, limits)
         self.lateness = lateness
         self.in_flight: deque[tuple[StepPlan, list[RowResult]]] = deque()
@@ -235,12 +258,16 @@ class Server:
         num_waiting = len(self.live) - len(self.scheduler.running)
         if max_length is None or num_waiting >= self.limits.max_queue:
             with pytest.raises(InvalidRequest if max_length is None else Overloaded):
-                self.scheduler.add(request, seed=1, now_s=float(self.num_steps))
+                self._add(request)
             return False
-        self.scheduler.add(request, seed=1, now_s=float(self.num_steps))
+        self._add(request)
         self.requests[request.request_id] = request
         self.expected[request.request_id] = alone(request, max_length)
         return True
+
+    def _add(self, request: GenerateRequest) -> None:
+        names = self.scheduler.names_of(request)
+        self.scheduler.add(request, seed=1, now_s=float(self.num_steps), names=names)
 
     def abort(self, request_id: str) -> None:
         output = self.scheduler.abort(request_id, float(self.num_steps))
@@ -250,12 +277,13 @@ class Server:
             self._check_books()
 
     def step(self, abort_planned: str | None = None) -> StepPlan:
-        """As `Engine.step`; `abort_planned` is cancelled between schedule and submit."""
+        """As `Engine.step`; `abort_planned` is cancelled between pack and submit."""
         before = list(self.scheduler.running)
         num_preemptions = self.scheduler.num_preemptions
         plan = self.scheduler.schedule(float(self.num_steps))
         self._check_order(plan, before, num_preemptions)
         self._check_books()
+        self.device.pack(plan)
         if abort_planned is not None:
             self.abort(abort_planned)
         if plan:
@@ -306,13 +334,14 @@ class Server:
             assert planned or all_planned or not decodable, "a decodable sequence was left out"
 
     def _check_books(self) -> None:
-        """Slots and pages are held by running sequences, each by one."""
+        """Slots are held by one sequence each, pages by those that have them in their tables."""
         scheduler = self.scheduler
         slots = [sequence.slot for sequence in scheduler.running if sequence.slot is not None]
         assert len(slots) == len(scheduler.running)
         assert len(set(slots)) == len(slots) <= self.limits.max_batch
-        held = [page for slot in slots for page in scheduler.tables.pages(slot)]
-        assert len(set(held)) == len(held) == self.pool.num_used
+        owners = Counter(page for slot in slots for page in scheduler.tables.pages(slot))
+        assert self.pool.num_used == len(owners)
+        assert all(self.pool.num_owners(page) == count for page, count in owners.items())
         for slot in set(range(self.limits.max_batch + 1)) - set(slots):
             assert not scheduler.tables.array[slot].any()
         assert scheduler.num_waiting == len(self.live) - len(slots)
@@ -330,6 +359,7 @@ class Server:
             assert (got, last.finish_reason) == (tokens, reason)
         assert last.usage is not None
         assert last.usage.prompt_tokens == len(request.prompt_ids)
+        assert 0 <= last.usage.cached_tokens < len(request.prompt_ids)
         assert last.usage.completion_tokens == len(got)
         assert all(output.finish_reason is None for output in outputs[:-1])
         if request.sampling.logprobs is not None:
@@ -355,7 +385,9 @@ LIMITS = Limits(max_batch=3, token_budget=8, chunk=4, max_steps=1, max_queue=100
 
 
 def server(num_pages: int = 100, page_size: int = 4, lateness: int = 1, **limits: float) -> Server:
-    return Server(replace(LIMITS, **limits), num_pages, page_size, lateness)  # type: ignore
+    """Without the prefix cache: many of the prompts are alike."""
+    changed = replace(LIMITS, **limits)  # type: ignore
+    return Server(changed, num_pages, page_size, lateness, prefix_caching=False)
 
 
 def request(
@@ -372,6 +404,7 @@ class Scenario:
     num_pages: int
     page_size: int
     lateness: int
+    prefix_caching: bool
     arrivals: dict[int, list[GenerateRequest]]
     """By step."""
     aborts: dict[int, tuple[int, bool]] = field(default_factory=dict)
@@ -389,8 +422,16 @@ def requests(draw: st.DrawFn, request_id: str) -> GenerateRequest:
         logprobs=draw(st.none() | st.just(0)),
         prompt_logprobs=draw(st.none() | st.just(0)),
     )
-    prompt = tuple(draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14)))
-    return GenerateRequest(request_id, prompt, sampling, priority=draw(st.sampled_from([0, 0, 1])))
+    shared = COMMON[: draw(st.integers(0, len(COMMON)))]
+    own = draw(st.lists(st.integers(0, VOCAB - 1), min_size=not shared, max_size=14 - len(shared)))
+    return GenerateRequest(
+        request_id,
+        (*shared, *own),
+        sampling,
+        tenant=draw(st.sampled_from(["", "", "", "other"])),
+        cache_salt=draw(st.sampled_from(["", "", "", "salt"])),
+        priority=draw(st.sampled_from([0, 0, 1])),
+    )
 
 
 @st.composite
@@ -420,6 +461,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         num_pages=max(2, num_pages),
         page_size=page_size,
         lateness=draw(st.sampled_from([0, 1, 1, 2])),
+        prefix_caching=draw(st.sampled_from([True, True, False])),
         arrivals=arrivals,
         aborts=draw(st.dictionaries(st.integers(0, 20), abort, max_size=3)),
     )
@@ -428,7 +470,13 @@ def scenarios(draw: st.DrawFn) -> Scenario:
 @settings(max_examples=300)
 @given(scenarios())
 def test_every_request_is_given_what_it_would_be_given_alone(scenario):
-    some = Server(scenario.limits, scenario.num_pages, scenario.page_size, scenario.lateness)
+    some = Server(
+        scenario.limits,
+        scenario.num_pages,
+        scenario.page_size,
+        scenario.lateness,
+        scenario.prefix_caching,
+    )
     for now in range(22):
         for one in scenario.arrivals.get(now, []):
             some.add(one)
