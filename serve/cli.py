@@ -250,6 +250,25 @@ def long(
     print(report.to_json() if json else report.to_markdown())
 
 
+@bench.command()
+def cache(
+    model: Annotated[
+        Path | None, typer.Argument(help="A checkpoint; a random one of 125M unless told.")
+    ] = None,
+    overrides: Overrides = None,
+    turns: Annotated[int, typer.Option(min=1, help="Of a conversation.")] = 20,
+    cached: Annotated[int, typer.Option(min=1, help="Tokens of a long prefix.")] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Figures are medians of as many.")] = 5,
+    json: Json = False,
+) -> None:
+    """Time first tokens of a conversation and after a long prefix, cached and not."""
+    from bench.cache import Load, run
+
+    load = Load(num_turns=turns, num_cached=cached, runs=runs)
+    report = run(model, overrides or [], load, tell=lambda line: print(line, file=sys.stderr))
+    print(report.to_json() if json else report.to_markdown())
+
+
 @app.command()
 def mesh(
     path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A TOML file, or several.")],

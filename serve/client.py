@@ -149,6 +149,10 @@ class Client:
         """Ends a request, whoever sent it; an id that is not being served is ignored."""
         self._call(self._control.Abort, pb.AbortRequest(request_id=request_id))
 
+    def flush_cache(self) -> int:
+        """Makes the server forget all cached prefixes; returns how many pages that freed."""
+        return self._call(self._control.FlushCache, pb.FlushCacheRequest()).num_pages
+
     def drain(self) -> None:
         """Makes the server refuse new requests; returns at once."""
         self._call(self._control.Drain, pb.DrainRequest())
@@ -220,6 +224,9 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> None:
         await self._call(self._control.Abort, pb.AbortRequest(request_id=request_id))
+
+    async def flush_cache(self) -> int:
+        return (await self._call(self._control.FlushCache, pb.FlushCacheRequest())).num_pages
 
     async def drain(self) -> None:
         await self._call(self._control.Drain, pb.DrainRequest())

@@ -124,6 +124,11 @@ class Engine:
             self._cancel(request_id)
             self._changed.notify_all()
 
+    def flush_cache(self) -> int:
+        """Forgets all cached prefixes; returns how many pages were kept for them alone."""
+        with self._changed:
+            return self._scheduler.tables.pool.flush()
+
     def drain(self) -> None:
         """Refuses what comes and finishes what runs; returns at once."""
         with self._changed:

@@ -75,6 +75,9 @@ class Replicas:
     def profiles(self) -> list[Profile]:
         return [profile for engine in self._engines for profile in engine.profiles]
 
+    def flush_cache(self) -> int:
+        return sum(engine.flush_cache() for engine in self._engines)
+
     def drain(self) -> None:
         for engine in self._engines:
             engine.drain()

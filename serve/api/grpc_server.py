@@ -235,6 +235,11 @@ class _Control(pb_grpc.ControlServicer):
             self._front.engine.abort(request.request_id)
             return pb.AbortResponse()
 
+    async def FlushCache(  # noqa: N802
+        self, request: pb.FlushCacheRequest, context: Context
+    ) -> pb.FlushCacheResponse:
+        return pb.FlushCacheResponse(num_pages=self._front.engine.flush_cache())
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
         self._front.engine.drain()
         await self._health.refresh()

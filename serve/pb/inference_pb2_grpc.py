@@ -213,6 +213,11 @@ class ControlStub:
                 request_serializer=serve_dot_pb_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/weft.v1.Control/FlushCache',
+                request_serializer=serve_dot_pb_dot_inference__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/weft.v1.Control/Drain',
                 request_serializer=serve_dot_pb_dot_inference__pb2.DrainRequest.SerializeToString,
@@ -243,6 +248,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """Forgets all cached prefixes; requests being served keep their pages until they end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Refuses new requests with UNAVAILABLE from now on and finishes those that were taken. Returns at
         once; GetLoad tells when nothing runs or waits. There is no way back but a restart.
@@ -268,6 +280,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=serve_dot_pb_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=serve_dot_pb_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.FlushCacheRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.FlushCacheResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -356,6 +373,33 @@ class Control:
             '/weft.v1.Control/Abort',
             serve_dot_pb_dot_inference__pb2.AbortRequest.SerializeToString,
             serve_dot_pb_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.Control/FlushCache',
+            serve_dot_pb_dot_inference__pb2.FlushCacheRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -141,6 +141,9 @@ class FakeEngine:
     def series(self) -> list[Series]:
         return [Series("step_phase_seconds", self.waits, {"phase": "device"})]
 
+    def flush_cache(self) -> int:
+        return 7
+
     def drain(self) -> None:
         self._draining = True
 

@@ -41,6 +41,7 @@ def test_client_tells_model_and_load(client: Client):
     assert (info.eos_ids, info.has_tokenizer, info.has_chat_template) == ((0,), True, True)
     load = client.load()
     assert (load.num_running, load.pages_total, load.draining) == (0, 64, False)
+    assert client.flush_cache() == 7
 
 
 def test_text_survives_the_way_to_ids_and_back(client: Client):
@@ -116,6 +117,7 @@ def test_async_client_has_the_calls_of_client():
             assert await client.detokenize([104, 105]) == "hi"
             assert (await client.model_info()).name == "fake"
             assert (await client.load()).num_finished == 2
+            assert await client.flush_cache() == 7
             assert await client.is_serving()
             await client.abort("unknown")
             with pytest.raises(InvalidRequest, match="outside the vocabulary"):

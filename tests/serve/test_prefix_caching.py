@@ -185,10 +185,11 @@ def test_flushed_cache_finds_nothing_and_requests_under_way_go_on(parts):
     engine.submit(greedy("r", COMMON, 20), answer)
     for _ in range(3):
         engine.step()
-    parts.tables.pool.flush()
+    assert engine.flush_cache() == 0, "the request's own pages are not free"
     finish(engine)
     assert answer.token_ids == expected
     assert num_cached(serve(engine, greedy("next", COMMON, 20))) == 0
+    assert engine.flush_cache() == parts.tables.pool.pages_for(len(COMMON) + 19)
 
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
