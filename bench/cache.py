@@ -10,11 +10,13 @@ import json
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.measure import Tell
@@ -24,7 +26,7 @@ from bench.report import Machine, this_machine
 from plan.machine import ROOT
 from serve.build import build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
-from serve.config import make_config, override_config
+from serve.config import ServeConfig, make_config, override_config
 from serve.engine import ModelInfo
 from serve.errors import RequestError
 from serve.progress import Progress
@@ -32,8 +34,15 @@ from serve.request import FinishReason, GenerateRequest, Output, SamplingParams
 
 CONTEXT = 8192
 """Of the random model."""
-BARS = {"device": 0.2}
+BARS = {"device": 0.2, "host": 0.35, "disk": 1.05}
 """Most of the time without the cache that a first token may take, by where the prefix is."""
+HOST_GIB = 4.0
+"""Of host memory, where prefixes are to stay there."""
+LITTLE_GIB = 0.001
+"""Where they are to pass through."""
+PAGE_SIZE = 16
+SETTLED_S = 0.3
+"""Without a page on its way down."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Prefix:
     where: str
     first_token_s: float
     uncached_s: float
+    num_found: int
+    """Tokens that were not computed, in the median: the others were faster to compute."""
 
     @property
     def share(self) -> float:
@@ -113,11 +124,19 @@ class Report:
             ),
         ]
         prefixes = [
-            (f"{self.load.num_cached:,} tokens cached", "first token", "without", "share", "bar"),
-            ("---", *("---:",) * 4),
+            (
+                f"{self.load.num_cached:,} tokens cached",
+                "found",
+                "first token",
+                "without the cache",
+                "share",
+                "bar",
+            ),
+            ("---", *("---:",) * 5),
             *(
                 (
                     f"on the {prefix.where}",
+                    f"{prefix.num_found:,}",
                     f"{prefix.first_token_s * 1e3:.1f} ms",
                     f"{prefix.uncached_s * 1e3:.1f} ms",
                     f"{prefix.share:.3f}",
@@ -157,21 +176,19 @@ def run(
     what building the engine raises."""
     machine = this_machine(ROOT)
     directory = model or random_model(RANDOM_MODEL | {"context": CONTEXT}, cache, tell)
-    asked = {"model": {"path": str(directory.absolute())}, "schedule": {"max_batch": 4}}
-    config = override_config(make_config(asked, "weft bench cache"), overrides)
+    config = override_config(_config(directory, load), overrides)
     ensure_devices(config.mesh)
     keep_compiled_programs()
-    engine = build_engine(config, Progress, check=partial(_check, load))
-    engine.start()
-    try:
-        client = _Client(engine)
-        client.ask(client.tokens(load.num_new), load.num_answered)
+    with _client(config, load) as client:
         tell(f"a conversation of {load.num_turns} turns")
         turns = _converse(client, load)
-        tell(f"{load.runs} prefixes of {load.num_cached:,} tokens")
-        prefixes = [_prefix(client, load)]
-    finally:
-        engine.stop()
+        tell(f"{load.runs} prefixes of {load.num_cached:,} tokens on the device")
+        prefixes = [_on_device(client, load)]
+    with TemporaryDirectory(dir=cache, prefix="tier-") as folder:
+        for where, tiers in _tiers(Path(folder)).items():
+            tell(f"{load.runs} prefixes of {load.num_cached:,} tokens on the {where}")
+            with _client(override_config(config, tiers), load) as client:
+                prefixes.append(_below(client, load, where))
     return Report(
         model=describe(directory),
         arguments=[] if model is None else [str(model)],
@@ -228,6 +245,15 @@ class _Client:
             last.usage.cached_tokens,
         )
 
+    def settle(self) -> None:
+        """Waits until no page is on its way down."""
+        seen: object = None
+        while True:
+            before, seen = seen, [(t.num_pages, t.num_queued) for t in self._engine.tiers()]
+            if seen == before:
+                return
+            time.sleep(SETTLED_S)
+
     def ask_uncached(self, prompt: Sequence[int]) -> float:
         """Seconds to a first token where nothing of the prompt is cached."""
         return self.ask(prompt, 1, cache_salt=f"alone {self._num_asked}").first_token_s
@@ -253,19 +279,75 @@ def _converse(client: _Client, load: Load) -> list[Turn]:
     return turns
 
 
-def _prefix(client: _Client, load: Load) -> Prefix:
-    first_s: list[float] = []
-    uncached_s: list[float] = []
+def _on_device(client: _Client, load: Load) -> Prefix:
+    first, uncached = [], []
     for _ in range(load.runs):
         prefix = client.tokens(load.num_cached)
-        uncached_s.append(client.ask(prefix + client.tokens(load.num_new), 1).first_token_s)
-        answer = client.ask(prefix + client.tokens(load.num_new), 1)
-        if answer.num_cached < load.num_cached:
-            raise RequestError(
-                f"of {load.num_cached:,} tokens {answer.num_cached:,} were found; raise cache.pages"
-            )
-        first_s.append(answer.first_token_s)
-    return Prefix("device", median(first_s), median(uncached_s))
+        uncached.append(client.ask(prefix + client.tokens(load.num_new), 1))
+        first.append(client.ask(prefix + client.tokens(load.num_new), 1))
+    return _medians("device", first, uncached)
+
+
+def _below(client: _Client, load: Load, where: str) -> Prefix:
+    """Each prefix is asked for again after the next has taken its place on the device."""
+    first, uncached = [], []
+    previous = client.tokens(load.num_cached)
+    client.ask(previous, 1)
+    for i in range(load.runs + 1):
+        prefix = client.tokens(load.num_cached)
+        alone = client.ask(prefix + client.tokens(load.num_new), 1)
+        client.settle()
+        again = client.ask(previous + client.tokens(load.num_new), 1)
+        client.settle()
+        previous = prefix
+        # In the first round it is learned how fast the tiers are.
+        if i:
+            uncached.append(alone)
+            first.append(again)
+    return _medians(where, first, uncached)
+
+
+def _medians(where: str, first: Sequence[_Answer], uncached: Sequence[_Answer]) -> Prefix:
+    return Prefix(
+        where,
+        median(answer.first_token_s for answer in first),
+        median(answer.first_token_s for answer in uncached),
+        round(median(answer.num_cached for answer in first)),
+    )
+
+
+def _config(directory: Path, load: Load) -> ServeConfig:
+    """With a pool that holds a prefix or the conversation, and little more."""
+    num_pages = -(-3 * load.longest // (2 * PAGE_SIZE))
+    asked = {
+        "model": {"path": str(directory.absolute())},
+        "schedule": {"max_batch": 4},
+        "cache": {"pages": num_pages, "page_size": PAGE_SIZE},
+    }
+    return make_config(asked, "weft bench cache")
+
+
+def _tiers(folder: Path) -> dict[str, list[str]]:
+    """By where prefixes are to lie, what to set."""
+    url = folder.absolute().as_uri()
+    disk = f'tiers.stores=[{{name="disk", url="{url}", gib={HOST_GIB}}}]'
+    return {
+        "host": [f"tiers.host_gib={HOST_GIB}"],
+        "disk": [f"tiers.host_gib={LITTLE_GIB}", disk],
+    }
+
+
+@contextmanager
+def _client(config: ServeConfig, load: Load) -> Iterator[_Client]:
+    """Of an engine that has served a little."""
+    engine = build_engine(config, Progress, check=partial(_check, load))
+    engine.start()
+    try:
+        client = _Client(engine)
+        client.ask(client.tokens(load.num_new), load.num_answered)
+        yield client
+    finally:
+        engine.stop()
 
 
 def _check(load: Load, info: ModelInfo) -> None:
@@ -276,9 +358,9 @@ def _check(load: Load, info: ModelInfo) -> None:
             f"context of {info.max_context:,}; lower --cached or --turns, or name another model"
         )
     held = info.num_pages * info.page_size
-    if 2 * load.longest > held:
+    if load.longest > held:
         raise RequestError(
-            f"two requests of {load.longest:,} tokens don't fit the cache, which holds {held:,}; "
+            f"a request of {load.longest:,} tokens doesn't fit the cache, which holds {held:,}; "
             "raise cache.pages, or lower --cached"
         )
 

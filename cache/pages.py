@@ -58,7 +58,8 @@ class PagePool:
         if count > self.num_free:
             raise OutOfPages(f"{count} pages asked for, {self.num_free} are free")
         free = self._free
-        pages = [free.pop() if free else self.index.evict() for _ in range(count)]
+        pages = [free.pop() for _ in range(min(count, len(free)))]
+        pages += self.index.evict(count - len(pages))
         for page in pages:
             self._references[page] = 1
         return pages
@@ -66,9 +67,8 @@ class PagePool:
     def share(self, pages: Sequence[int]) -> None:
         """Adds an owner to each of `pages`, which have owners or are kept."""
         references = self._references
+        self.index.own([page for page in pages if not references[page]])
         for page in pages:
-            if not references[page]:
-                self.index.own(page)
             references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -77,11 +77,13 @@ class PagePool:
         A page without owners is kept if it has a name, or else free.
         """
         references = self._references
+        ownerless: list[int] = []
         for page in reversed(pages):
             assert references[page] > 0, f"page {page} is released but has no owner"
             references[page] -= 1
-            if not references[page] and not self.index.disown(page):
-                self._free.append(page)
+            if not references[page]:
+                ownerless.append(page)
+        self._free += self.index.disown(ownerless)
 
     def flush(self) -> int:
         """Forgets what pages hold; returns how many were kept for it and are free now."""

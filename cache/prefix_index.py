@@ -4,8 +4,7 @@ A page stays while a longer prefix that needs it does, so what is here of a sequ
 beginning of it. It does not know who owns a page (`cache/pages.py`), or what lies below the device.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from cache.eviction import EvictionOrder
@@ -13,20 +12,6 @@ from cache.keys import TOKEN_BYTES, Key, PageNames, page_key
 
 ROOT = 0
 """The parent of first pages: the null page, which has no name."""
-
-
-@dataclass(slots=True)
-class _Node:
-    """A named page."""
-
-    key: Key
-    parent_key: Key
-    parent: int
-    block: bytes
-    """Its token ids: fewer than fill it where a sequence ended."""
-    num_children: int = 0
-    is_idle: bool = False
-    """Nobody owns it."""
 
 
 class Start(NamedTuple):
@@ -52,9 +37,19 @@ class PrefixIndex:
         self.num_idle = 0
         """Named pages that nobody owns."""
         self._page_of: dict[Key, int] = {}
-        self._nodes: list[_Node | None] = [None] * num_pages
-        self._starts: dict[tuple[Key, bytes], int] = {}
-        """By the parent's name and the first token, the page that came last."""
+        # What is known of a page is spread over lists: objects would take three times as long.
+        self._key: list[Key | None] = [None] * num_pages
+        """Its name, if it has one; what follows counts only then."""
+        self._parent = [ROOT] * num_pages
+        self._block: list[bytes] = [b""] * num_pages
+        """Its token ids: fewer than fill it where a sequence ended."""
+        self._start: list[bytes] = [b""] * num_pages
+        """Its parent's name and its first token."""
+        self._num_children = [0] * num_pages
+        self._is_idle = [False] * num_pages
+        """Nobody owns it."""
+        self._starts: dict[bytes, int] = {}
+        """Of pages that start alike, the one that came last."""
         self._unwritten: list[int] = []
         """Pages that the step being planned will write."""
         self._order = EvictionOrder(num_pages, page_size, cost)
@@ -79,13 +74,21 @@ class PrefixIndex:
         page_of = self._page_of
         return [page_of[key] for key in keys]
 
+    def page_of(self, key: Key) -> int | None:
+        """The page of that name."""
+        return self._page_of.get(key)
+
+    def parent(self, page: int) -> int:
+        """The page that the named `page` stands on, or ROOT."""
+        return self._parent[page]
+
     def find_start(self, parent: Key, block: bytes) -> Start:
         """A page after `parent` that begins as `block` does."""
-        page = self._starts.get((parent, block[:TOKEN_BYTES]), ROOT)
-        node = self._nodes[page]
-        if node is None:
+        page = self._starts.get(parent + block[:TOKEN_BYTES])
+        if page is None:
             return Start(ROOT, 0, 0)
-        return Start(page, _num_shared(node.block, block), len(node.block) // TOKEN_BYTES)
+        there = self._block[page]
+        return Start(page, _num_shared(there, block), len(there) // TOKEN_BYTES)
 
     def add(self, names: PageNames, number: int, page: int, parent: int) -> int:
         """Gives `page`, number `number` of a sequence, its name; returns the page that has the
@@ -98,8 +101,7 @@ class PrefixIndex:
         known = self._page_of.get(key)
         if known is not None:
             return known
-        node = _Node(key, names.parent(number), parent, names.blocks[number])
-        if self._insert(node, page, number):
+        if self._insert(page, key, names.blocks[number], parent, names.parent(number), number):
             self._unwritten.append(page)
         return page
 
@@ -107,85 +109,107 @@ class PrefixIndex:
         """Remembers the page, not full, in which a sequence ended, and which has been written."""
         parent_key = names.parent(number)
         key = page_key(parent_key, block)
-        if key not in self._page_of and self._insert(
-            _Node(key, parent_key, parent, block), page, number
-        ):
-            self._starts[parent_key, block[:TOKEN_BYTES]] = page
+        if key not in self._page_of and self._insert(page, key, block, parent, parent_key, number):
+            self._starts[self._start[page]] = page
 
     def written(self) -> None:
         """The pages named so far are written before any later step: they may be copied."""
         for page in self._unwritten:
-            if node := self._nodes[page]:
-                self._starts[node.parent_key, node.block[:TOKEN_BYTES]] = page
+            if self._key[page] is not None:
+                self._starts[self._start[page]] = page
         self._unwritten.clear()
 
     def use(self, pages: Sequence[int]) -> None:
         """The pages were asked for, and are about to have one more owner."""
+        self._order.use(pages)
+
+    def own(self, pages: Sequence[int]) -> None:
+        """Idle pages have an owner again."""
+        is_idle = self._is_idle
         for page in pages:
-            self._order.use(page)
+            assert is_idle[page], f"page {page} is shared but has no owner and no name"
+            is_idle[page] = False
+        self.num_idle -= len(pages)
+        self._order.leave(pages)
 
-    def own(self, page: int) -> None:
-        """An idle page has an owner again."""
-        node = self._nodes[page]
-        assert node is not None, f"page {page} is shared but has no owner and no name"
-        node.is_idle = False
-        self.num_idle -= 1
-        self._order.leave(page)
+    def disown(self, pages: Iterable[int]) -> list[int]:
+        """Keeps those of `pages`, which have no owner any more, that have a name; returns the
+        others."""
+        keys, num_children, is_idle = self._key, self._num_children, self._is_idle
+        nameless: list[int] = []
+        num_idle = 0
+        for page in pages:
+            if keys[page] is None:
+                nameless.append(page)
+                continue
+            is_idle[page] = True
+            num_idle += 1
+            if not num_children[page]:
+                self._order.wait(page)
+        self.num_idle += num_idle
+        return nameless
 
-    def disown(self, page: int) -> bool:
-        """Whether a page without owners is kept for its name."""
-        node = self._nodes[page]
-        if node is None:
-            return False
-        node.is_idle = True
-        self.num_idle += 1
-        if not node.num_children:
-            self._order.wait(page)
-        return True
-
-    def evict(self) -> int:
-        """Takes the name of the idle page that is the least to lose. There must be one."""
-        page = self._order.evict()
-        self._forget(page)
-        return page
+    def evict(self, count: int) -> list[int]:
+        """Takes the names of the `count` idle pages that are the least to lose. There must be so
+        many."""
+        evicted: list[int] = []
+        above = ROOT
+        while len(evicted) < count:
+            if above and self._order.evict_next(above, evicted[-1]):
+                page = above
+            else:
+                page = self._order.evict()
+            evicted.append(page)
+            above = self._forget(page)
+        if above:
+            self._order.wait(above)
+        return evicted
 
     def clear(self) -> list[int]:
         """Takes all names; returns the pages that were idle, which are the caller's to free."""
-        idle = [page for page, node in enumerate(self._nodes) if node and node.is_idle]
-        for page in idle:
-            self._order.leave(page)
-        self._nodes = [None] * len(self._nodes)
+        idle = [page for page, is_idle in enumerate(self._is_idle) if is_idle]
+        self._order.leave(idle)
+        self._key = [None] * len(self._key)
+        self._num_children = [0] * len(self._num_children)
+        self._is_idle = [False] * len(self._is_idle)
         self._page_of.clear()
         self._starts.clear()
+        self._unwritten.clear()
         self.num_idle = 0
         return idle
 
-    def _insert(self, node: _Node, page: int, depth: int) -> bool:
+    def _insert(
+        self, page: int, key: Key, block: bytes, parent: int, parent_key: Key, depth: int
+    ) -> bool:
         """Whether the page could be given its name."""
-        if node.parent != ROOT:
-            above = self._nodes[node.parent]
-            if above is None or above.key != node.parent_key:
+        if parent != ROOT:
+            if self._key[parent] != parent_key:
                 return False
-            above.num_children += 1
-        self._nodes[page] = node
-        self._page_of[node.key] = page
+            self._num_children[parent] += 1
+        self._key[page] = key
+        self._parent[page] = parent
+        self._block[page] = block
+        self._start[page] = parent_key + block[:TOKEN_BYTES]
+        self._page_of[key] = page
         self._order.begin(page, depth)
         return True
 
-    def _forget(self, page: int) -> None:
-        node = self._nodes[page]
-        assert node is not None, "a page that waits has a name"
+    def _forget(self, page: int) -> int:
+        """Takes the name of an idle page; returns its parent, if that may go now, or ROOT."""
+        key, parent = self._key[page], self._parent[page]
+        assert key is not None, "a page that waits has a name"
         self.num_idle -= 1
-        self._nodes[page] = None
-        del self._page_of[node.key]
-        start = (node.parent_key, node.block[:TOKEN_BYTES])
-        if self._starts.get(start) == page:
-            del self._starts[start]
-        above = self._nodes[node.parent]
-        if above is not None:
-            above.num_children -= 1
-            if above.is_idle and not above.num_children:
-                self._order.wait(node.parent)
+        self._is_idle[page] = False
+        self._key[page] = None
+        del self._page_of[key]
+        start = self._start[page]
+        last = self._starts.pop(start, page)
+        if last != page:
+            self._starts[start] = last
+        if parent == ROOT:
+            return ROOT
+        self._num_children[parent] -= 1
+        return parent if self._is_idle[parent] and not self._num_children[parent] else ROOT
 
 
 def _num_shared(a: bytes, b: bytes) -> int:

@@ -50,11 +50,19 @@ class PageTables:
         self._append(row, pages)
 
     def replace(self, row: int, number: int, page: int) -> None:
-        """Lets the row have `page`, which holds the same tokens, in place of its own."""
+        """Lets the row have `page`, which has a name and holds the same tokens, in place of its
+        own, and before it what `page` stands on.
+
+        That is what the row holds already, but for pages that lost their names in a flush.
+        """
         held = self._pages[row]
-        self.pool.share([page])
-        self.pool.release([held[number]])
-        held[number] = self.array[row, number] = page
+        while held[number] != page:
+            self.pool.share([page])
+            self.pool.release([held[number]])
+            held[number] = self.array[row, number] = page
+            if number == 0:
+                break
+            number, page = number - 1, self.pool.index.parent(page)
 
     def free(self, row: int) -> None:
         """Gives the row's pages back."""

@@ -16,7 +16,13 @@ from jax.sharding import Mesh
 
 from cache.pages import PagePool
 from cache.tables import PageTables
+from cache.tiers.folder import open_store
+from cache.tiers.host import HostTier
+from cache.tiers.record import RecordFormat
+from cache.tiers.stack import TierStack
+from cache.tiers.store import StoreTier
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
+from model.checkpoint.identity import identity
 from model.families import read_model_config
 from model.kernel_choice import Kernels
 from model.loading import load_weights
@@ -24,15 +30,20 @@ from model.partition import Partition, abstract_weights
 from serve.config import ConfigError, ServeConfig
 from serve.engine import Engine, ModelInfo
 from serve.fit import Fit, Served, device_memory_bytes, fit
+from serve.page_images import PageImages, page_fingerprint
 from serve.program_cache import ProgramCache, beside_jax
+from serve.programs import Programs
 from serve.progress import Reporter, Silent
 from serve.remedies import Change, Remedy, refusal, remedies
 from serve.replicas import Replicas
 from serve.runner import Runner
 from serve.scheduler import Scheduler
+from serve.tier_traffic import TierTraffic
 from sharding.mesh import MeshShape, make_meshes
 
 log = logging.getLogger("weft")
+
+GIB = 2**30
 
 
 def build_engine(
@@ -61,10 +72,14 @@ def build_engine(
     partition = Partition(model, shape.stage, shape.tensor)
     meshes = make_meshes(shape)
     source = open_checkpoint(directory)
-    builder = _Builder(config, partition, source, progress, compile_ahead, check, beside_jax())
+    # Only pages that outlive the process ask whose they are.
+    weights = identity(directory) if config.tiers.stores else b""
+    builder = _Builder(
+        config, partition, source, progress, compile_ahead, check, beside_jax(), weights
+    )
     engines: list[Engine] = []
     for i, mesh in enumerate(meshes):
-        runner, scheduler, info = builder.replica(mesh)
+        runner, scheduler, info = builder.replica(mesh, i)
         seeds = random.Random(config.schedule.seed + i)
         engines.append(Engine(info, scheduler, runner, seeds, clock))
     return engines[0] if len(engines) == 1 else Replicas(engines)
@@ -81,8 +96,10 @@ class _Builder:
     compile_ahead: bool
     check: Callable[[ModelInfo], None]
     kept: ProgramCache | None
+    weights_identity: bytes
+    """Of the weights (`model/checkpoint/identity.py`)."""
 
-    def replica(self, mesh: Mesh) -> tuple[Runner, Scheduler, ModelInfo]:
+    def replica(self, mesh: Mesh, replica: int) -> tuple[Runner, Scheduler, ModelInfo]:
         config, model = self.config, self.partition.config
         served = Served(config, model, mesh.devices.flat[0].platform)
         limits, dtype, kernels = served.limits, served.dtype, served.kernels
@@ -105,13 +122,42 @@ class _Builder:
         pool = PagePool(found.num_pages + 1, found.page_size, limits.token_cost.at)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
         programs = served.programs(found.num_pages, mesh, kernels)
-        runner = Runner(programs, weights, tables.array, self.kept)
+        traffic = self._traffic(programs, replica)
+        runner = Runner(programs, weights, tables.array, self.kept, traffic)
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
                 runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
             self._check_compiled(replace(found, activation_bytes=runner.activation_bytes))
         caching, eos_ids = config.cache.prefix_caching, frozenset(model.eos_ids)
-        return runner, Scheduler(limits, tables, eos_ids, caching), info
+        return runner, Scheduler(limits, tables, eos_ids, caching, traffic), info
+
+    def _traffic(self, programs: Programs, replica: int) -> TierTraffic | None:
+        """The tiers below a replica's devices, where there are some: its share, in folders of its
+        own."""
+        tiers = self.config.tiers
+        if not tiers.host_gib:
+            return None
+        images = PageImages(programs)
+        form = RecordFormat(page_fingerprint(self.weights_identity, programs), images.image_bytes)
+        num_replicas = self.config.mesh.data
+        folder = f"/replica-{replica}" if num_replicas > 1 else ""
+        stores = [
+            StoreTier(
+                store.name,
+                open_store(f"{store.url}{folder}"),
+                form,
+                round(store.gib * GIB / num_replicas),
+            )
+            for store in tiers.stores
+        ]
+        host = HostTier(round(tiers.host_gib * GIB / num_replicas), images.image_bytes)
+        stack = TierStack(host, stores, write_through=tiers.write_through)
+        size, cost = programs.cache.page_size, programs.limits.token_cost
+
+        def page_cost(number: int) -> float:
+            return size * cost.at(number * size)
+
+        return TierTraffic(stack, images, page_cost)
 
     def _check_compiled(self, found: Fit) -> None:
         """That what the compiler says of the steps fits, too, where the estimate did."""

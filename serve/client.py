@@ -320,6 +320,7 @@ def _chunk(request_id: str, message: pb.GenerateResponse) -> Chunk:
             message.usage.prompt_tokens,
             message.usage.completion_tokens,
             message.usage.cached_tokens,
+            dict(message.usage.fetched_tokens),
         )
     if message.HasField("timings"):
         timings = Timings(

@@ -126,6 +126,44 @@ class KernelsSection(Section):
     experts: Kernel = "auto"
 
 
+class StoreSection(Section):
+    """A disk or an object store."""
+
+    name: str = Field(min_length=1)
+    """In metrics."""
+    url: str = Field(min_length=1)
+    """A folder, or s3://bucket/path or gs://bucket/path. A relative folder is the file's, as
+    model.path is."""
+    gib: Annotated[float, Field(gt=0)]
+
+
+class TiersSection(Section):
+    """Where pages go that the devices have no room for; a tier is read only when that is faster
+    than computing."""
+
+    host_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Of host memory; 0: no tiers at all."""
+    stores: list[StoreSection] = []
+    """Nearest first."""
+    write_through: bool = False
+    """Pages go to the stores as soon as they are computed: a crash loses none. Else when host
+    memory needs room, and when the server stops."""
+
+    @model_validator(mode="after")
+    def _host_first(self) -> Self:
+        if self.stores and not self.host_gib:
+            raise ValueError("given host_gib, some GiB of host memory, for pages pass through it")
+        return self
+
+    @field_validator("stores")
+    @classmethod
+    def _names_differ(cls, stores: list[StoreSection]) -> list[StoreSection]:
+        names = [store.name for store in stores]
+        if len({*names, "host"}) <= len(names):
+            raise ValueError('given names that differ from each other and from "host"')
+        return stores
+
+
 class ListenSection(Section):
     grpc: str = "127.0.0.1:8500"
     """host:port; at port 0 the system chooses one. So it is with http."""
@@ -157,6 +195,7 @@ class ServeConfig(Section):
     mesh: MeshSection = MeshSection()
     cache: CacheSection = CacheSection()
     schedule: ScheduleSection = ScheduleSection()
+    tiers: TiersSection = TiersSection()
     kernels: KernelsSection = KernelsSection()
     listen: ListenSection = ListenSection()
 
@@ -172,7 +211,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ServeConfig:
     """
     path = Path(path)
     values = _read(path)
-    _make_path_absolute(values, path.absolute().parent)
+    for make_absolute in ABSOLUTE.values():
+        make_absolute(values, path.absolute().parent)
     return _overridden(values, overrides, str(path))
 
 
@@ -186,8 +226,8 @@ def _overridden(values: Tables, overrides: Sequence[str], origin: str) -> ServeC
     for override in overrides:
         key = _apply(values, override)
         origins[key] = f"--set {override}"
-        if key == "model.path":
-            _make_path_absolute(values, Path.cwd())
+        if make_absolute := ABSOLUTE.get(key):
+            make_absolute(values, Path.cwd())
     return make_config(values, origin, origins)
 
 
@@ -222,10 +262,25 @@ def _read(path: Path) -> Tables:
         raise ConfigError(f"{path}{f':{line[1]}' if line else ''}: {error}") from None
 
 
-def _make_path_absolute(values: Tables, folder: Path) -> None:
+def _make_model_absolute(values: Tables, folder: Path) -> None:
     section: Tables | None = values.get("model")
     if isinstance(section, dict) and isinstance(path := section.get("path"), str) and path:
         section["path"] = str((folder / Path(path).expanduser()).resolve())
+
+
+def _make_stores_absolute(values: Tables, folder: Path) -> None:
+    section: Tables | None = values.get("tiers")
+    stores: list[Tables | None] | None = None
+    if isinstance(section, dict):
+        stores = section.get("stores")
+    for store in stores if isinstance(stores, list) else []:
+        url = store.get("url") if isinstance(store, dict) else None
+        if store and isinstance(url, str) and url and "://" not in url:
+            store["url"] = (folder / Path(url).expanduser()).resolve().as_uri()
+
+
+ABSOLUTE = {"model.path": _make_model_absolute, "tiers.stores": _make_stores_absolute}
+"""By key, what makes its paths absolute."""
 
 
 def _apply(values: Tables, override: str) -> str:
@@ -256,6 +311,8 @@ def _explain(place: Sequence[str], details: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return _unknown(place)
         case "missing":
+            if key.startswith("tiers.stores."):
+                return f"{key} is missing; a store has {', '.join(_STORE_KEYS)}"
             return f"{key} is missing; [model] needs path, the directory of a checkpoint"
         case "model_type":
             return f"{key} is {given!r}; it must be a section, [{key}], of {', '.join(_keys(key))}"
@@ -268,12 +325,17 @@ def _explain(place: Sequence[str], details: Mapping[str, Any]) -> str:
 def _unknown(place: Sequence[str]) -> str:
     """Names the nearest key: of the same section, else one that another section has."""
     section, name = ".".join(place[:-1]), place[-1]
+    if section.startswith("tiers.stores."):
+        return f"{section}.{name} is not a known key; a store has {', '.join(_STORE_KEYS)}"
     valid = _keys(section)
     near = difflib.get_close_matches(name, valid, n=1)
     elsewhere = [f"{other}.{name}" for other in _keys() if name in _keys(other)]
     guess = f"did you mean {(near or elsewhere)[0]}? " if near or elsewhere else ""
     where = f"[{section}] has" if section else "the sections are"
     return f"{'.'.join(place)} is not a known key; {guess}{where} {', '.join(valid)}"
+
+
+_STORE_KEYS = tuple(StoreSection.model_fields)
 
 
 def _keys(section: str = "") -> list[str]:

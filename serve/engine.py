@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from cache.tiers.counts import TierReport
 from serve.errors import DuplicateRequest, InvalidRequest, Unavailable
 from serve.profile import Phase, Profile
 from serve.request import FinishReason, GenerateRequest, Load, Output
@@ -20,6 +21,11 @@ from serve.telemetry import RequestClock, RequestTimes, Series
 log = logging.getLogger("weft")
 
 Sink = Callable[[Output], None]
+
+TIERS_GRACE_S = 10.0
+"""For what the tiers have yet to write when the engine stops."""
+MOST_STALLED_S = 1.0
+"""Without a look: whoever brings a page says so, but might have died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +80,13 @@ class Engine:
         self._changed = threading.Condition()
         """Guards the scheduler and all of these; never held while the device works."""
         self._draining = self._stopping = False
+        self._is_stale = False
+        """Something has happened since the last plan."""
         self._num_finished = self._num_generated = self._num_prompt = 0
         self._thread = threading.Thread(target=self._loop, name="weft-engine", daemon=True)
 
     def start(self) -> None:
+        self._runner.start(self.wake)
         self._thread.start()
 
     def stop(self) -> None:
@@ -89,6 +98,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self._runner.close(TIERS_GRACE_S)
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Queues a request; `sink` gets each Output on the engine's thread, the last with a reason.
@@ -116,16 +126,24 @@ class Engine:
             now_s = self._clock()
             self._scheduler.add(request, self._seeds.getrandbits(63), now_s, names)
             self._clients[request.request_id] = _Client(sink, RequestClock(now_s))
+            self._is_stale = True
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages and slot are free at once. Unknown ids are ignored."""
         with self._changed:
             self._cancel(request_id)
+            self._is_stale = True
             self._changed.notify_all()
 
+    def tiers(self) -> list[TierReport]:
+        """What lies below the devices."""
+        return self._runner.tiers()
+
     def flush_cache(self) -> int:
-        """Forgets all cached prefixes; returns how many pages were kept for them alone."""
+        """Forgets all cached prefixes, the tiers' too; returns how many pages of the devices were
+        kept for them alone."""
+        self._runner.clear_tiers()
         with self._changed:
             return self._scheduler.tables.pool.flush()
 
@@ -178,13 +196,29 @@ class Engine:
             with step.phase(Phase.SCHEDULE):
                 plan = self._scheduler.schedule(self._clock())
             # Before anybody can abort a request: pages that it is to compute have names already.
-            packed = self._runner.pack(plan, step) if plan else None
+            packed = self._runner.pack(plan, step)
+            self._is_stale = False
+        self._runner.prepare(plan, step)
         pending = self._runner.submit(packed, step) if packed else None
         last, self._in_flight = self._in_flight, pending
         if last:
             self._commit(last)
-        else:
-            self._deliver()
+            return
+        self._deliver()
+        if not plan:
+            self._wait_for_change()
+
+    def wake(self) -> None:
+        """Something that a request waits for is there. From any thread."""
+        with self._changed:
+            self._is_stale = True
+            self._changed.notify_all()
+
+    def _wait_for_change(self) -> None:
+        """Nothing could be planned though there is work: pages are on their way from a tier."""
+        with self._changed:
+            if self._scheduler.has_work:
+                self._changed.wait_for(lambda: self._is_stale or self._stopping, MOST_STALLED_S)
 
     def _commit(self, pending: Pending) -> None:
         """Takes in what a step chose, and gives it to those who wait for it."""

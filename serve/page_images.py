@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from serve.programs import Programs
 from sharding.mesh import STAGE, TENSOR
 from sharding.rules import REPLICATED
 
+FORM = 1
+"""Of images; another when what is said above is."""
 BATCHES = (4, 32)
 """Pages that a program moves: few beside a step, more where there are more."""
 MOVED = PartitionSpec(None, STAGE, None, None, TENSOR)
@@ -45,6 +48,21 @@ class _Part:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def page_fingerprint(weights: bytes, programs: Programs) -> bytes:
+    """16 bytes that differ where an image would mean something else: for another model, other
+    `weights` (`model/checkpoint/identity.py`), another data type or page size."""
+    cache = programs.cache
+    meant = (
+        FORM,
+        weights,
+        programs.partition.config,
+        np.dtype(programs.dtype).name,
+        np.dtype(cache.dtype).name,
+        cache.page_size,
+    )
+    return blake2b(repr(meant).encode(), digest_size=16).digest()
 
 
 class PageImages:
@@ -86,7 +104,8 @@ class PageImages:
             heads = layers[: partition.config.num_layers, :num, :, :: partition.kv_repeat]
             by_page = np.ascontiguousarray(heads.swapaxes(0, 1))
             found.append(by_page.reshape(num, -1).view(np.uint8))
-        return list(np.concatenate(found, axis=1))
+        # Each in memory of its own, so that it can be let go alone.
+        return [np.concatenate(page) for page in zip(*found, strict=True)]
 
     def _to_device_form(self, images: Sequence[Image], size: int) -> list[NDArray[Any]]:
         """The inverse, with nothing in the places of further pages, up to `size`."""

@@ -3,10 +3,13 @@
 It holds no device arrays; everything here is plain Python.
 """
 
+from collections import Counter
+from collections.abc import Buffer
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cache.keys import PageNames
+from cache.keys import Key, PageNames
+from cache.tiers.fetch import Fetch
 from serve.request import GenerateRequest, TokenLogprobs
 
 
@@ -34,6 +37,10 @@ class Sequence:
     """Pages in its row of the tables that have been named, from the start on."""
     num_cached: int = 0
     """Tokens of the prompt that were found in the cache."""
+    fetched: Counter[str] = field(default_factory=Counter[str])
+    """Those of them that came up from a tier, by its name."""
+    fetch: Fetch | None = None
+    """Pages of its prompt on their way up from a tier; it computes nothing meanwhile."""
     slot: int | None = None
     """Its row in page tables and device state while it runs."""
     num_computed: int = 0
@@ -68,6 +75,10 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         return self.num_computed < self.prefill_end
+
+    @property
+    def can_prefill(self) -> bool:
+        return self.prefilling and self.fetch is None
 
     @property
     def num_left(self) -> int:
@@ -116,6 +127,10 @@ class StepPlan:
     """Tokens a decode row advances."""
     admitted: list[Sequence] = field(default_factory=list[Sequence])
     """Sequences whose slot is new to them: the device must learn their parameters."""
+    saves: list[tuple[Key, int]] = field(default_factory=list[tuple[Key, int]])
+    """Pages to read for the tiers before anything is written."""
+    landings: list[tuple[int, Buffer]] = field(default_factory=list[tuple[int, Buffer]])
+    """Images that came from the tiers, and the pages to write them to, before the step."""
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Pages to copy before the step: source and target."""
     prompt_cost: float = 0.0
@@ -126,5 +141,9 @@ class StepPlan:
     def rows(self) -> list[Row]:
         return self.decode + self.chunks
 
+    @property
+    def moves_pages(self) -> bool:
+        return bool(self.saves or self.landings or self.copies)
+
     def __bool__(self) -> bool:
-        return bool(self.decode or self.chunks)
+        return bool(self.decode or self.chunks or self.admitted or self.moves_pages)

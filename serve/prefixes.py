@@ -6,10 +6,14 @@ when (`serve/scheduler.py`).
 """
 
 from bisect import bisect_left
+from collections.abc import Buffer
+from collections.abc import Sequence as ListLike
+from typing import Protocol
 
-from cache.keys import block_of
+from cache.keys import Key, block_of
 from cache.prefix_index import ROOT
 from cache.tables import PageTables
+from cache.tiers.fetch import Fetch
 from serve.plan import Sequence
 
 LEAST_SHARE = 4
@@ -17,10 +21,31 @@ LEAST_SHARE = 4
 prompts share a first token or so."""
 
 
-class Prefixes:
-    """A pool's index as the sequences of one scheduler use it."""
+class Tiers(Protocol):
+    """What lies below the device (`serve/tier_traffic.py`)."""
 
-    def __init__(self, tables: PageTables) -> None:
+    @property
+    def num_savable(self) -> int:
+        """Pages that the next step may save."""
+        ...
+
+    def holds(self, key: Key) -> bool: ...
+
+    def use(self, keys: ListLike[Key]) -> None:
+        """A sequence's pages, given from its start, were found on the device."""
+        ...
+
+    def fetch(self, keys: ListLike[Key], number: int) -> Fetch | None:
+        """Brings the pages, from a sequence's page `number` on, if that is the faster way."""
+        ...
+
+    def observe_prefill(self, cost: float, seconds: float) -> None: ...
+
+
+class Prefixes:
+    """A pool's index, and the tiers below, as the sequences of one scheduler use them."""
+
+    def __init__(self, tables: PageTables, tiers: Tiers | None = None) -> None:
         self.num_asked = 0
         """Tokens of prompts that were admitted."""
         self.num_found = 0
@@ -28,15 +53,44 @@ class Prefixes:
         self._tables = tables
         self._pool = tables.pool
         self._index = tables.pool.index
+        self._tiers = tiers
+        self._unsaved: dict[Key, int] = {}
+        """Pages that the tiers have not been given yet, in the order in which they were named."""
         self._copied: list[int] = []
         """Pages that the step being planned copies: they have an owner meanwhile, so that it gives
         them to nobody who would write them before."""
+
+    @property
+    def has_unsaved(self) -> bool:
+        return bool(self._unsaved)
+
+    def begin_plan(self) -> list[tuple[Key, int]]:
+        """Pages to save, which were computed by steps submitted before.
+
+        They are saved before they must make room, and in order: what the tiers have of a sequence
+        is a beginning of it, too.
+        """
+        if self._tiers is None:
+            return []
+        saves: list[tuple[Key, int]] = []
+        num_savable = self._tiers.num_savable
+        while self._unsaved and len(saves) < num_savable:
+            key = next(iter(self._unsaved))
+            page = self._unsaved.pop(key)
+            if self._index.page_of(key) == page and not self._tiers.holds(key):
+                saves.append((key, page))
+        return saves
 
     def end_plan(self) -> None:
         """The step is planned: what follows comes after it on the device."""
         self._index.written()
         self._pool.release(self._copied)
         self._copied.clear()
+
+    def observe(self, prompt_cost: float, seconds: float) -> None:
+        """What a step took: the tiers compare with it."""
+        if self._tiers is not None and prompt_cost:
+            self._tiers.observe_prefill(prompt_cost, seconds)
 
     def num_cached(self, sequence: Sequence) -> int:
         """Tokens that a sequence that waits would find, in full pages; fewer than it has."""
@@ -66,13 +120,40 @@ class Prefixes:
         sequence.num_computed = self.num_cached(sequence)
         sequence.num_named = sequence.num_computed // self._pool.page_size
         if names is not None and sequence.num_named:
-            self._tables.adopt(row, self._index.pages(names.keys[: sequence.num_named]))
+            found = names.keys[: sequence.num_named]
+            self._tables.adopt(row, self._index.pages(found))
+            if self._tiers is not None:
+                self._tiers.use(found)
         self._tables.grow(row, len(sequence.tokens) + 1)
-        copies = self._copy_start(sequence, row)
+        self._fetch(sequence)
+        copies = [] if sequence.fetch else self._copy_start(sequence, row)
         if not sequence.num_preemptions:
             self.num_asked += sequence.num_prompt
-            self._count(sequence, sequence.num_computed)
+        self._count(sequence, sequence.num_computed)
         return copies
+
+    def land(self, sequence: Sequence) -> list[tuple[int, Buffer]]:
+        """Takes what has arrived from the tiers: the pages to write, and the images."""
+        fetch, row = sequence.fetch, sequence.slot
+        assert fetch is not None, "it waits for pages"
+        assert row is not None, "which have a place"
+        is_done = fetch.done()
+        before = sequence.num_computed
+        landings: list[tuple[int, Buffer]] = []
+        for key, image in fetch.take():
+            number = sequence.num_named
+            page = self._tables.pages(row)[number]
+            sequence.num_computed += self._pool.page_size
+            self.name_planned(sequence, sequence.num_computed)
+            # Others may have computed it meanwhile.
+            if self._tables.pages(row)[number] == page:
+                landings.append((page, image))
+            if not sequence.num_preemptions:
+                sequence.fetched[fetch.tier_of(key)] += self._pool.page_size
+        if is_done:
+            sequence.fetch = None
+        self._count(sequence, sequence.num_computed - before)
+        return landings
 
     def catch_up(self, sequence: Sequence) -> None:
         """Lets a prompt skip what others have computed of it since it was admitted."""
@@ -87,8 +168,7 @@ class Prefixes:
             self._tables.replace(row, i, page)
         sequence.num_named = found
         sequence.num_computed = found * size
-        if not sequence.num_preemptions:
-            self._count(sequence, (found - number) * size)
+        self._count(sequence, (found - number) * size)
 
     def name_planned(self, sequence: Sequence, num_tokens: int) -> None:
         """Names the full pages of the first `num_tokens` tokens, which the step being planned and
@@ -104,6 +184,8 @@ class Prefixes:
             named = self._index.add(names, number, page, pages[number - 1] if number else ROOT)
             if named != page:
                 self._tables.replace(row, number, named)
+            elif self._tiers is not None:
+                self._unsaved[names.keys[number]] = page
         sequence.num_named = full
 
     def name_computed(self, sequence: Sequence) -> None:
@@ -113,6 +195,9 @@ class Prefixes:
 
     def end(self, sequence: Sequence) -> None:
         """Keeps what a sequence that leaves has computed, its last page in part."""
+        if sequence.fetch is not None:
+            sequence.fetch.cancel()
+            sequence.fetch = None
         self.name_computed(sequence)
         names, row, num_tokens = sequence.names, sequence.slot, _num_computed(sequence)
         number, rest = divmod(num_tokens, self._pool.page_size)
@@ -121,6 +206,15 @@ class Prefixes:
             parent = pages[number - 1] if number else ROOT
             block = block_of(sequence.tokens[num_tokens - rest : num_tokens])
             self._index.add_end(names, number, pages[number], parent, block)
+
+    def _fetch(self, sequence: Sequence) -> None:
+        """Asks the tiers for what comes after the pages that are here."""
+        names, number = sequence.names, sequence.num_named
+        if self._tiers is None or names is None or sequence.needs_all_computed:
+            return
+        most = (len(sequence.tokens) - 1) // self._pool.page_size
+        if number < most:
+            sequence.fetch = self._tiers.fetch(names.keys[number:most], number)
 
     def _copy_start(self, sequence: Sequence, row: int) -> list[tuple[int, int]]:
         """Of the page after the cached ones, what another page begins with."""
@@ -138,6 +232,8 @@ class Prefixes:
         return [(found.page, self._tables.pages(row)[number])]
 
     def _count(self, sequence: Sequence, num_tokens: int) -> None:
+        if sequence.num_preemptions:
+            return  # it was counted when it was admitted first
         num_tokens = min(num_tokens, sequence.num_prompt)
         sequence.num_cached += num_tokens
         self.num_found += num_tokens

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+from cache.tiers.counts import TierReport
 from serve.engine import Engine, ModelInfo, Sink
 from serve.errors import DuplicateRequest
 from serve.profile import Profile
@@ -74,6 +75,10 @@ class Replicas:
     @property
     def profiles(self) -> list[Profile]:
         return [profile for engine in self._engines for profile in engine.profiles]
+
+    def tiers(self) -> list[TierReport]:
+        """Each replica's, one after the other."""
+        return [report for engine in self._engines for report in engine.tiers()]
 
     def flush_cache(self) -> int:
         return sum(engine.flush_cache() for engine in self._engines)

@@ -4,6 +4,7 @@ It does not know text: token ids go in and come out; strings are the front's (`s
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -144,6 +145,9 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    """Of the prompt, those whose keys and values were found."""
+    fetched_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of these, those that came up from a tier below the device, by its name."""
 
 
 @dataclass(frozen=True)

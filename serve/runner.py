@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.pages import NULL_PAGE
+from cache.tiers.counts import TierReport
 from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
@@ -32,6 +33,7 @@ from serve.program_cache import CompiledStep, ProgramCache, jax_cache_off
 from serve.programs import Programs, activation_bytes, step_shapes
 from serve.request import TokenLogprobs
 from serve.scheduler import RowResult
+from serve.tier_traffic import TierTraffic
 
 log = logging.getLogger("weft")
 
@@ -50,8 +52,9 @@ class Runner:
         weights: Any,
         tables: NDArray[np.int32],
         kept: ProgramCache | None = None,
+        traffic: TierTraffic | None = None,
     ) -> None:
-        """`tables` are the scheduler's page tables: read at each submit, a row per slot."""
+        """`tables` are the scheduler's page tables: read at each `pack`, a row per slot."""
         self.programs = programs
         self.shapes = step_shapes(programs.limits, programs.partition.stages)
         self.num_compiled_late = 0
@@ -62,6 +65,7 @@ class Runner:
         self._copies_ahead = programs.mesh.devices.flat[0].platform != "cpu"
         self._compiled: dict[StepShape, Any] = {}
         self._kept = kept
+        self._traffic = traffic
         self._tracing = threading.Lock()
         self._is_warm = False
         self._tables = tables
@@ -69,16 +73,31 @@ class Runner:
         self._sampling = np.zeros((programs.limits.max_batch + 1, SAMPLING_WIDTH), np.int32)
         self._sampling[-1] = padding_row(self._vocab_size)
 
-    def pack(self, plan: StepPlan, step: Step) -> "Packed":
-        """What the device needs to know of the plan, with the page tables as they are now; the time
-        it takes goes into `step`."""
+    def pack(self, plan: StepPlan, step: Step) -> "Packed | None":
+        """What the device needs to know of the plan, with the page tables as they are now; None
+        where it has no rows. The time it takes goes into `step`."""
         with step.phase(Phase.PACK):
             for sequence in plan.admitted:
                 assert sequence.slot is not None, "who is admitted has a slot"
                 self._sampling[sequence.slot] = sampling_row(sequence, self._vocab_size)
+            if not plan.rows:
+                return None
             shape = self._bucket(plan)
             packed = self.programs.packing(shape).pack(plan, self._sampling, self._tables)
         return Packed(plan, shape, packed)
+
+    def prepare(self, plan: StepPlan, step: Step) -> None:
+        """Dispatches what the plan wants to be done before its rows advance."""
+        if not (plan.admitted or plan.moves_pages):
+            return
+        with step.phase(Phase.DISPATCH):
+            for sequence in plan.admitted:
+                self._begin_history(sequence)
+            if self._traffic is not None:
+                self._traffic.save(self._state, plan.saves)
+                self._state = self._traffic.land(self._state, plan.landings)
+            if plan.copies:
+                self._copy(plan.copies)
 
     def submit(self, packed: "Packed", step: Step) -> "Pending":
         """Dispatches the step and returns at once; the times it takes go into `step`."""
@@ -87,10 +106,6 @@ class Runner:
             with step.phase(Phase.COMPILE):
                 self._compile_late(shape)
         with step.phase(Phase.DISPATCH):
-            for sequence in plan.admitted:
-                self._begin_history(sequence)
-            if plan.copies:
-                self._copy(plan.copies)
             # NumPy's array goes in as it is: `device_put` first costs more than the rest of a call.
             self._state, output = self._compiled[shape](self._weights, self._state, packed.array)
             if self._copies_ahead:
@@ -124,7 +139,26 @@ class Runner:
                 pool.shutdown(cancel_futures=True)
         self._set_history(self.programs.limits.max_batch, [], [])
         self._copy([(NULL_PAGE, NULL_PAGE)])
+        if self._traffic is not None:
+            self._state = self._traffic.compile_all(self._state)
         self._is_warm = True
+
+    def start(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when pages have arrived from the tiers, from another thread."""
+        if self._traffic is not None:
+            self._traffic.start(wake)
+
+    def tiers(self) -> list[TierReport]:
+        return self._traffic.reports() if self._traffic is not None else []
+
+    def clear_tiers(self) -> None:
+        if self._traffic is not None:
+            self._traffic.clear()
+
+    def close(self, grace_s: float) -> None:
+        """Lets the tiers keep what is on its way to them, for up to `grace_s`."""
+        if self._traffic is not None:
+            self._traffic.close(grace_s)
 
     @property
     def activation_bytes(self) -> int:

@@ -15,7 +15,7 @@ from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
 from serve.limits import Limits
 from serve.pace import Pace
 from serve.plan import Row, Sequence, StepPlan
-from serve.prefixes import Prefixes
+from serve.prefixes import Prefixes, Tiers
 from serve.request import (
     MAX_STOP_IDS,
     FinishReason,
@@ -45,6 +45,7 @@ class Scheduler:
         tables: PageTables,
         eos_ids: frozenset[int],
         prefix_caching: bool = True,
+        tiers: Tiers | None = None,
     ) -> None:
         self.limits = limits
         self.prefix_caching = prefix_caching
@@ -53,7 +54,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of precedence: the last is the first to be preempted."""
         self.num_preemptions = 0
-        self.prefixes = Prefixes(tables)
+        self.prefixes = Prefixes(tables, tiers)
         self._waiting = WaitingQueue()
         self._by_id: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
@@ -68,7 +69,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id)
+        return bool(self._by_id) or self.prefixes.has_unsaved
 
     def add(
         self,
@@ -156,8 +157,11 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """The next step: every decodable row, then prefill as far as budget and pace allow."""
+        saves = self.prefixes.begin_plan()
         decode, num_tokens = self._plan_decode()
-        plan = StepPlan(decode, num_tokens=num_tokens, planned_s=now_s)
+        plan = StepPlan(decode, num_tokens=num_tokens, saves=saves, planned_s=now_s)
+        for sequence in self._fetching:
+            plan.landings.extend(self.prefixes.land(sequence))
         if self._waiting or self._first_prefilling():
             plan = self._with_prefill(plan)
         self.prefixes.end_plan()
@@ -186,6 +190,8 @@ class Scheduler:
             if sequence.slot is None:
                 copies += self._admit(sequence, plan.planned_s)
                 admitted.append(sequence)
+                if sequence.fetch is not None:
+                    continue
             rows.append(self._prefill_row(sequence, min(width, budget)))
             total += width * cost
             if width < limits.chunk:
@@ -216,6 +222,8 @@ class Scheduler:
     def _num_tokens(self) -> int:
         """How far decode rows go in one call: far when nobody waits and pages suffice, else one."""
         if self.limits.max_steps == 1 or self._waiting.first or self._first_prefilling():
+            return 1
+        if self._fetching:
             return 1
         decodable = [s for s in self.running if s.remaining > 0]
         steps = max((min(self.limits.max_steps, s.remaining) for s in decodable), default=1)
@@ -256,7 +264,7 @@ class Scheduler:
         if first is None:
             waiting = self._waiting.first
             return (waiting if waiting and self._has_room(waiting) else None), False
-        others = [s for s in self.running if s.prefilling and s is not first]
+        others = [s for s in self.running if s.can_prefill and s is not first]
         # A long queue is looked through only where one of it could be admitted.
         waiting = self._waiting.shortest if self._free_slots else None
         if waiting is not None and self._has_room(waiting):
@@ -337,6 +345,7 @@ class Scheduler:
         # A loop ends with the last of its rows.
         if num_tokens := max((len(output.token_ids) for output in outputs), default=0):
             self._pace.observe(len(plan.decode), num_tokens, plan.prompt_cost, seconds)
+        self.prefixes.observe(plan.prompt_cost, seconds)
         return outputs
 
     def _commit_row(self, row: Row, result: RowResult, now_s: float) -> Output | None:
@@ -397,6 +406,7 @@ class Scheduler:
                 sequence.num_prompt,
                 len(sequence.tokens) - sequence.num_prompt,
                 sequence.num_cached,
+                dict(sequence.fetched),
             ),
             timings=Timings(
                 scheduled_s - sequence.arrival_s,
@@ -416,5 +426,10 @@ class Scheduler:
         self.running.remove(sequence)
 
     def _first_prefilling(self) -> Sequence | None:
-        """The first of those that run with prompt left to compute."""
-        return next((s for s in self.running if s.num_computed < s.prefill_end), None)
+        """The first of those that run with prompt left that can be computed now."""
+        return next((s for s in self.running if s.can_prefill), None)
+
+    @property
+    def _fetching(self) -> list[Sequence]:
+        """Those that wait for pages from the tiers."""
+        return [s for s in self.running if s.fetch is not None]

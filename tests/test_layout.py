@@ -31,7 +31,7 @@ OTHER_ENVIRONMENTS = ("bench/peers/", "plan/pictures.py", "tools/comparators/exp
 PACKAGES = sorted({path.parent.name for path in ROOT.glob("[!.]*/*.py")})
 
 HOST_SIDE = [
-    *sorted(ROOT.glob("cache/*.py")),
+    *sorted(ROOT.glob("cache/**/*.py")),
     *(
         path
         for name in (

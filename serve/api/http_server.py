@@ -4,7 +4,8 @@ It does not know requests: what it tells is what the engine says when it is aske
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, groupby
 from typing import Protocol, Self
@@ -17,15 +18,19 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 
+from cache.tiers.counts import TierReport
 from model.kernel_choice import fallbacks
 from serve import front
 from serve.telemetry import Histogram, Series
+
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 
 class Engine(front.Engine, Protocol):
     """What is shown of an engine."""
 
     def series(self) -> Sequence[Series]: ...
+    def tiers(self) -> Sequence[TierReport]: ...
 
 
 class HttpServer:
@@ -67,6 +72,7 @@ class EngineCollector:
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
         yield from self._histograms()
+        yield from self._tiers()
         yield self._fallbacks()
 
     def _load(self) -> Iterator[Metric]:
@@ -92,6 +98,21 @@ class EngineCollector:
                 metric.add_metric(list(labels.values()), value)
                 yield metric
 
+    def _tiers(self) -> Iterator[Metric]:
+        """Of each tier, of all replicas together."""
+        totals: dict[tuple[Family, str, str], Counter[tuple[str, str]]] = defaultdict(Counter)
+        for report in self._engine.tiers():
+            for family, name, label, values in _tier_values(report):
+                for which, value in values.items():
+                    totals[family, name, label][report.name, which] += value
+        model = self._engine.info.name
+        for (family, name, label), values in totals.items():
+            labels = ["model_name", "tier", *([label] if label else [])]
+            metric = family(f"weft:kv_tier_{name}", name.replace("_", " "), labels=labels)
+            for (tier, which), value in values.items():
+                metric.add_metric([model, tier, *([which] if label else [])], value)
+            yield metric
+
     def _fallbacks(self) -> Metric:
         labels = ["operation", "kernel", "reason"]
         metric = CounterMetricFamily(
@@ -111,6 +132,33 @@ class EngineCollector:
                 values = [model, *series.labels.values()]
                 metric.add_metric(values, _cumulative(series.histogram), series.histogram.total)
             yield metric
+
+
+def _tier_values(
+    report: TierReport,
+) -> list[tuple[Family, str, str, Mapping[str, int]]]:
+    """Metric, a label beside the tier's name, and its values by that label."""
+    counts, decisions = report.counts, report.decisions
+    decided = {
+        "fetched": decisions.fetched,
+        "recomputed": decisions.recomputed,
+        "abandoned": decisions.abandoned,
+        "probed": decisions.probed,
+    }
+    return [
+        (GaugeMetricFamily, "used_bytes", "", {"": report.num_pages * report.page_bytes}),
+        (GaugeMetricFamily, "budget_bytes", "", {"": report.budget_bytes}),
+        (GaugeMetricFamily, "queued_pages", "", {"": report.num_queued}),
+        (GaugeMetricFamily, "off", "", {"": int(report.is_off)}),
+        (CounterMetricFamily, "hits", "", {"": counts.hits}),
+        (CounterMetricFamily, "misses", "reason", {**counts.misses}),
+        (CounterMetricFamily, "read_bytes", "", {"": counts.bytes_read}),
+        (CounterMetricFamily, "written_bytes", "", {"": counts.bytes_written}),
+        (CounterMetricFamily, "evicted", "", {"": counts.evicted}),
+        (CounterMetricFamily, "drops", "reason", {**counts.drops}),
+        (CounterMetricFamily, "errors", "reason", counts.errors),
+        (CounterMetricFamily, "decisions", "decision", decided),
+    ]
 
 
 def _cumulative(histogram: Histogram) -> list[tuple[str, int]]:

@@ -117,6 +117,7 @@ def _usage(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        fetched_tokens=dict(usage.fetched_tokens),
     )
 
 

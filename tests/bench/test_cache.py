@@ -17,15 +17,18 @@ def model(tmp_path_factory):
     return random_model(TINY, tmp_path_factory.mktemp("models"), lambda line: None)
 
 
-def test_a_turn_computes_what_is_new(model):
-    report = run(model, ["cache.pages=100", "schedule.max_steps=1"], LOAD)
+def test_a_turn_computes_what_is_new(model, tmp_path):
+    report = run(model, ["schedule.max_steps=1"], LOAD, cache=tmp_path)
     assert [turn.num_prompt for turn in report.turns] == [20, 48, 76]
     # The last token of an answer has been chosen, not computed.
     assert [turn.num_new for turn in report.turns] == [20, 21, 21]
     assert [turn.num_computed for turn in report.turns] == [20, 21, 21]
-    [prefix] = report.prefixes
+    assert [prefix.where for prefix in report.prefixes] == ["device", "host", "disk"]
+    on_device = report.prefixes[0]
+    assert on_device.num_found == 100
     shares = json.loads(report.to_json())["shares"]
-    assert shares == {"device": prefix.first_token_s / prefix.uncached_s}
+    assert shares["device"] == on_device.first_token_s / on_device.uncached_s
+    assert not list(tmp_path.iterdir()), "the disk's pages are deleted"
     assert "| 3 | 76 | 21 | 21 |" in report.to_markdown()
     assert f"`weft bench cache {model} --turns 3 --cached 100" in report.to_markdown()
 
@@ -34,7 +37,7 @@ def test_a_turn_computes_what_is_new(model):
     ("overrides", "message"),
     [
         (["model.max_context=100"], r"up to 128 tokens .* context of 100; lower --cached"),
-        (["cache.pages=15"], r"two requests of 128 tokens don't fit the cache, which holds 240"),
+        (["cache.pages=7"], r"a request of 128 tokens doesn't fit the cache, which holds 112"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_once(model, overrides, message):

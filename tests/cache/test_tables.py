@@ -1,4 +1,7 @@
-"""Random histories of page tables against a model that is a list of lists."""
+"""Random histories of page tables against a model that is a list of lists.
+
+Pages have no names here; `test_prefix_index.py` has histories of named ones.
+"""
 
 from collections import Counter
 from itertools import chain
@@ -9,7 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from cache.keys import PageNames, root_key
 from cache.pages import NULL_PAGE, OutOfPages, PagePool
+from cache.prefix_index import ROOT
 from cache.tables import PageTables
 
 ROWS = st.integers(0, 4)
@@ -17,7 +22,7 @@ TOKENS = st.integers(0, 30)
 
 
 class Histories(RuleBasedStateMachine):
-    """Rows are admitted, grow, fork, and are freed (as at their end or when preempted)."""
+    """Rows begin with what others have, grow, and are freed (at their end or when preempted)."""
 
     @initialize(num_pages=st.integers(2, 14), page_size=st.integers(1, 4), width=st.integers(1, 6))
     def start(self, num_pages, page_size, width):
@@ -42,15 +47,12 @@ class Histories(RuleBasedStateMachine):
         assert set(new).isdisjoint(chain(*self.expected)), "a page that has an owner was handed out"
         self.expected[row] = before + new
 
-    @rule(source=ROWS, row=ROWS, cut=st.integers(0, 24))
-    def fork(self, source, row, cut):
-        num_tokens = min(cut, self.tables.capacity(source))
+    @rule(source=ROWS, row=ROWS, num_pages=st.integers(0, 6))
+    def adopt(self, source, row, num_pages):
         if source == row or self.expected[row]:
             return
-        shared = self.tables.fork(source, row, num_tokens)
-        self.expected[row] = self.expected[source][: num_tokens // self.pool.page_size]
-        assert shared == len(self.expected[row]) * self.pool.page_size
-        assert num_tokens - self.pool.page_size < shared <= num_tokens
+        self.tables.adopt(row, self.expected[source][:num_pages])
+        self.expected[row] = self.expected[source][:num_pages]
 
     @rule(row=ROWS)
     def free(self, row):
@@ -118,10 +120,10 @@ def test_growing_to_fewer_tokens_keeps_the_pages():
     assert some.pages(0) == pages
 
 
-def test_fork_shares_only_full_pages_and_grows_apart():
+def test_rows_with_a_common_beginning_grow_apart():
     some = tables()
     some.grow(0, 7)
-    assert some.fork(0, 1, 7) == 4
+    some.adopt(1, some.pages(0)[:1])
     some.grow(1, 8)
     assert some.pages(0)[0] == some.pages(1)[0]
     assert some.pages(0)[1] != some.pages(1)[1]
@@ -129,14 +131,25 @@ def test_fork_shares_only_full_pages_and_grows_apart():
     assert some.pool.num_owners(some.pages(1)[0]) == 1
 
 
-def test_fork_into_a_row_with_pages_or_beyond_the_source_is_our_mistake():
+def test_row_with_pages_adopting_others_is_our_mistake():
     some = tables()
     some.grow(0, 4)
     some.grow(1, 1)
     with pytest.raises(AssertionError, match="row 1 still has pages"):
-        some.fork(0, 1, 4)
-    with pytest.raises(AssertionError, match="row 0 holds fewer than 5"):
-        some.fork(0, 2, 5)
+        some.adopt(1, some.pages(0))
+
+
+def test_page_that_is_replaced_is_given_back():
+    some = tables()
+    names = PageNames(root_key(), 4)
+    names.extend([1, 2, 3, 4])
+    some.grow(0, 8)
+    some.grow(1, 8)
+    [theirs, _], [mine, rest] = some.pages(0), some.pages(1)
+    some.pool.index.add(names, 0, theirs, ROOT)
+    some.replace(1, 0, theirs)
+    assert list(some.pages(1)) == some.array[1, :2].tolist() == [theirs, rest]
+    assert (some.pool.num_owners(theirs), some.pool.num_owners(mine)) == (2, 0)
 
 
 def test_freeing_twice_gives_back_once():

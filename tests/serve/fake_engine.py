@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from cache.tiers.counts import TierReport
 from model.chat import ChatTemplate
 from model.tokenizer import Tokenizer
 from serve.api.grpc_server import GrpcServer, run_until_signalled
@@ -76,7 +77,8 @@ class FakeEngine:
         self.submitted: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.waits = Histogram((0.5, 1.0))
-        """Whatever a test puts there."""
+        """Whatever a test puts there; so it is with the next."""
+        self.reports: list[TierReport] = []
         self._answer = answer
         self._burst = burst
         self._max_queue = max_queue
@@ -140,6 +142,9 @@ class FakeEngine:
 
     def series(self) -> list[Series]:
         return [Series("step_phase_seconds", self.waits, {"phase": "device"})]
+
+    def tiers(self) -> list[TierReport]:
+        return self.reports
 
     def flush_cache(self) -> int:
         return 7

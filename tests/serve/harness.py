@@ -4,7 +4,7 @@ It does not know checkpoints on disk (`test_build.py`) or what any test claims.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +20,12 @@ from model.loading import load_weights
 from model.partition import Partition
 from serve.engine import Engine, ModelInfo
 from serve.limits import Limits
+from serve.page_images import PageImages
 from serve.programs import CacheShape, Programs
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs
 from serve.runner import Runner
 from serve.scheduler import Scheduler
+from serve.tier_traffic import TierTraffic
 from sharding.mesh import MeshShape, make_meshes
 from tests.model.reference import logits
 
@@ -127,13 +129,15 @@ class Parts:
     limits: Limits
     tables: PageTables
     runner: Runner
+    traffic: TierTraffic | None = None
 
     def scheduler(self, prefix_caching: bool = True, **changes: Any) -> Scheduler:
         """A new one, of which nothing is cached yet; `changes` are to its limits, within those the
         runner was made for."""
         self.tables.pool.flush()
         limits = replace(self.limits, **changes)
-        return Scheduler(limits, self.tables, frozenset(self.config.eos_ids), prefix_caching)
+        eos_ids = frozenset(self.config.eos_ids)
+        return Scheduler(limits, self.tables, eos_ids, prefix_caching, self.traffic)
 
     def engine(self, runner: Any = None, **changes: Any) -> Engine:
         """A new one, not started: `generate` and tests move it by `step`."""
@@ -164,6 +168,7 @@ def make_parts(
     replica: int = 0,
     kernels: Kernels | None = None,
     cache_dtype: str = "float32",
+    make_traffic: Callable[[PageImages], TierTraffic] | None = None,
 ) -> Parts:
     """Nothing is compiled yet: the runner does so when it meets a shape, or by `compile_all`."""
     partition = Partition(config, mesh.stage, mesh.tensor)
@@ -176,8 +181,9 @@ def make_parts(
     )
     cache = CacheShape(num_pages, PAGE_SIZE, jnp.dtype(cache_dtype))
     programs = Programs(partition, devices, cache, limits, tables.width, dtype, chosen)
-    runner = Runner(programs, loaded, tables.array)
-    return Parts(config, arrays, limits, tables, runner)
+    traffic = make_traffic(PageImages(programs)) if make_traffic else None
+    runner = Runner(programs, loaded, tables.array, traffic=traffic)
+    return Parts(config, arrays, limits, tables, runner, traffic)
 
 
 def compile_few(runner: Runner) -> None:

@@ -6,6 +6,7 @@ from serve.config import ConfigError, load_config, make_config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = '[model]\npath = "m"\n'
+STORE = '[[tiers.stores]]\nname = "disk"\nurl = "pages"\ngib = 1\n'
 
 
 def write(folder: Path, text: str) -> Path:
@@ -38,6 +39,15 @@ def test_a_path_is_relative_to_its_file_and_on_the_command_line_to_the_current_d
     assert load_config(path).model.path == str(tmp_path.parent / "models" / "demo")
     assert load_config(path, ["model.path=x"]).model.path == str(elsewhere / "x")
     assert load_config(path, ["model.path=/x", "mesh.tensor=2"]).model.path == "/x"
+
+
+def test_so_is_the_folder_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, f"{MINIMAL}[tiers]\nhost_gib = 1\n{STORE}")
+    assert load_config(path).tiers.stores[0].url == f"file://{tmp_path}/pages"
+    monkeypatch.chdir("/")
+    given = 'tiers.stores=[{name="a", url="b", gib=1}, {name="c", url="s3://bucket", gib=1}]'
+    stores = load_config(path, [given]).tiers.stores
+    assert [store.url for store in stores] == ["file:///b", "s3://bucket"]
 
 
 def test_set_reads_toml_values_and_falls_back_to_text(tmp_path: Path) -> None:
@@ -110,6 +120,11 @@ def test_an_unknown_key_on_the_command_line_names_the_option(tmp_path: Path) -> 
         ('[listen]\ngrpc = "8500"', "listen.grpc is '8500'; it must be \"host:port\""),
         ('[listen]\ngrpc = ""', "gRPC cannot be turned off"),
         ('[listen]\nhttp = "0.0.0.0:99999"', "listen.http is '0.0.0.0:99999'; it must be"),
+        ("[tiers]\nhost_gib = -1", "tiers.host_gib is -1; it must be greater than or equal to 0"),
+        (f"[tiers]\n{STORE}", "[tiers] must be given host_gib, some GiB of host memory"),
+        (f"[tiers]\nhost_gib = 1\n{STORE}{STORE}", "must be given names that differ"),
+        (f"[tiers]\nhost_gib = 1\n{STORE}size = 2", "0.size is not a known key; a store has name"),
+        ('[[tiers.stores]]\nname = "a"', "tiers.stores.0.url is missing; a store has name, url"),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_expected(

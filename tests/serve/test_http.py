@@ -1,10 +1,12 @@
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
 from http.client import HTTPResponse
 
 import pytest
 
+from cache.tiers.counts import Decisions, Miss, TierCounts, TierReport
 from serve.api import http_server
 from serve.api.http_server import HttpServer
 from tests.serve.fake_engine import FakeEngine
@@ -43,6 +45,20 @@ def test_histograms_are_cumulative_and_carry_their_labels() -> None:
     assert buckets == {"0.5": 1, "1.0": 2, "+Inf": 3}
     assert found[f"weft:step_phase_seconds_count{{{labels}}}"] == 3
     assert found[f"weft:step_phase_seconds_sum{{{labels}}}"] == 8.25
+
+
+def test_tiers_of_replicas_are_added_up() -> None:
+    counts = TierCounts(hits=3, misses=Counter({Miss.CORRUPT: 2}))
+    report = TierReport("disk", 5, 0, 100, 1000, 0, False, counts, Decisions(recomputed=4))
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        engine.reports = [report, report]
+        _, text = get(server.port, "/metrics")
+    assert 'weft:kv_tier_used_bytes{model_name="fake",tier="disk"} 1000.0' in text
+    assert 'weft:kv_tier_hits_total{model_name="fake",tier="disk"} 6.0' in text
+    labels = 'model_name="fake",reason="corrupt",tier="disk"'
+    assert f"weft:kv_tier_misses_total{{{labels}}} 4.0" in text
+    labels = 'decision="recomputed",model_name="fake",tier="disk"'
+    assert f"weft:kv_tier_decisions_total{{{labels}}} 8.0" in text
 
 
 def test_shapes_that_a_kernel_left_to_the_reference_are_counted(monkeypatch) -> None:

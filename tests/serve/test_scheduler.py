@@ -10,6 +10,7 @@ import math
 import zlib
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -86,8 +87,9 @@ def root_of(request: GenerateRequest) -> int:
 class FakeDevice:
     """Runs plans in the order they are submitted, on pages that remember who wrote what."""
 
-    def __init__(self, tables: PageTables, limits: Limits) -> None:
+    def __init__(self, tables: PageTables, limits: Limits, tiers: "FakeTiers | None") -> None:
         self.tables = tables
+        self.tiers = tiers
         self.limits = limits
         self.written: dict[tuple[int, int], tuple[int, int]] = {}
         """(page, offset) -> (what stands before it, token): a key depends on all tokens before."""
@@ -108,12 +110,24 @@ class FakeDevice:
             self._check_row(row)
 
     def run(self, plan: StepPlan) -> list[RowResult]:
+        for key, page in plan.saves:
+            assert self.tiers is not None
+            assert len(self._image(page)) == self.tables.pool.page_size, "a page is saved half full"
+            self.tiers.keep(key, self._image(page))
+        for page, image in plan.landings:
+            self._set_image(page, image)
         for source, target in plan.copies:
-            for offset in range(self.tables.pool.page_size):
-                self.written.pop((target, offset), None)
-                if (source, offset) in self.written:
-                    self.written[target, offset] = self.written[source, offset]
+            self._set_image(target, self._image(source))
         return [self._run_row(row, plan) for row in plan.rows]
+
+    def _image(self, page: int) -> list[tuple[int, int]]:
+        places = ((page, offset) for offset in range(self.tables.pool.page_size))
+        return [self.written[place] for place in places if place in self.written]
+
+    def _set_image(self, page: int, image: Any) -> None:
+        for offset in range(self.tables.pool.page_size):
+            self.written.pop((page, offset), None)
+        self.written.update({(page, offset): one for offset, one in enumerate(image)})
 
     def _run_row(self, row: Row, plan: StepPlan) -> RowResult:
         if row.token_ids:
@@ -211,12 +225,64 @@ def check_plan(plan: StepPlan, limits: Limits) -> None:
     assert len(slots) == len(set(slots)), "two rows of a slot that are not one piece of a prompt"
     for rows in prompts:
         for one, after in itertools.pairwise(rows):
-            assert after.start == one.start + one.length
+            # What lies between another's row of the same step computes.
+            assert after.start >= one.start + one.length
             assert one.num_tokens == 0, "a prompt goes on after its last row"
 
 
 def precedence(sequence: Running) -> tuple[int, int]:
     return sequence.request.priority, sequence.order
+
+
+class FakeFetch:
+    """Pages that arrive one at each look but the first `delay`, until one is missing."""
+
+    def __init__(self, pages: list[tuple[bytes, Any]], delay: int) -> None:
+        self._pages, self._delay = pages, delay
+
+    def done(self) -> bool:
+        return not self._pages
+
+    def take(self) -> list[tuple[bytes, Any]]:
+        if self._delay:
+            self._delay -= 1
+            return []
+        return [self._pages.pop(0)] if self._pages else []
+
+    def tier_of(self, key: bytes) -> str:
+        return "below"
+
+    def cancel(self) -> None:
+        self._pages = []
+
+
+@dataclass
+class FakeTiers:
+    """Keeps what it is given, but for every third page."""
+
+    num_savable: int
+    delay: int
+    images: dict[bytes, Any] = field(default_factory=dict)
+    num_given: int = 0
+
+    def keep(self, key: bytes, image: Any) -> None:
+        assert self.images.setdefault(key, image) == image, "a name stands for one content"
+        self.num_given += 1
+        if self.num_given % 3 == 0:
+            del self.images[key]
+
+    def holds(self, key: bytes) -> bool:
+        return key in self.images
+
+    def use(self, keys: list[bytes]) -> None:
+        pass
+
+    def fetch(self, keys: list[bytes], number: int) -> Any:
+        found = list(itertools.takewhile(self.holds, keys))
+        return FakeFetch([(key, self.images[key]) for key in found], self.delay) if found else None
+
+    def observe_prefill(self, cost: float, seconds: float) -> None:
+        assert cost > 0
 
 
 class Server:
@@ -229,12 +295,13 @@ class Server:
         page_size: int,
         lateness: int = 1,
         prefix_caching: bool = True,
+        tiers: FakeTiers | None = None,
     ) -> None:
         width = -(-limits.max_context // page_size)
         tables = PageTables(PagePool(num_pages, page_size), limits.max_batch + 1, width)
         self.limits = limits
-        self.scheduler = Scheduler(limits, tables, EOS, prefix_caching)
-        self.device = FakeDevice(tables, limits)
+        self.scheduler = Scheduler(limits, tables, EOS, prefix_caching, tiers)
+        self.device = FakeDevice(tables, limits, tiers)
         self.lateness = lateness
         self.in_flight: deque[tuple[StepPlan, list[RowResult]]] = deque()
         self.outputs: dict[str, list[Output]] = defaultdict(list)
@@ -329,6 +396,8 @@ class Server:
             assert not waiting
         for sequence in running:
             decodable = not sequence.prefilling and sequence not in plan.admitted
+            if sequence.fetch is not None:
+                continue
             planned = any(row.sequence is sequence for row in plan.rows)
             all_planned = sequence.length == sequence.max_length
             assert planned or all_planned or not decodable, "a decodable sequence was left out"
@@ -345,7 +414,7 @@ class Server:
         for slot in set(range(self.limits.max_batch + 1)) - set(slots):
             assert not scheduler.tables.array[slot].any()
         assert scheduler.num_waiting == len(self.live) - len(slots)
-        assert scheduler.has_work == bool(self.live)
+        assert scheduler.has_work == (bool(self.live) or scheduler.prefixes.has_unsaved)
 
     def check_answer(self, request_id: str) -> None:
         """The request was given what it would be given alone, once, and told so in full."""
@@ -360,6 +429,7 @@ class Server:
         assert last.usage is not None
         assert last.usage.prompt_tokens == len(request.prompt_ids)
         assert 0 <= last.usage.cached_tokens < len(request.prompt_ids)
+        assert sum(last.usage.fetched_tokens.values()) <= last.usage.cached_tokens
         assert last.usage.completion_tokens == len(got)
         assert all(output.finish_reason is None for output in outputs[:-1])
         if request.sampling.logprobs is not None:
@@ -405,6 +475,8 @@ class Scenario:
     page_size: int
     lateness: int
     prefix_caching: bool
+    tiers: tuple[int, int] | None
+    """How many pages a step may save, and how late they arrive."""
     arrivals: dict[int, list[GenerateRequest]]
     """By step."""
     aborts: dict[int, tuple[int, bool]] = field(default_factory=dict)
@@ -422,7 +494,7 @@ def requests(draw: st.DrawFn, request_id: str) -> GenerateRequest:
         logprobs=draw(st.none() | st.just(0)),
         prompt_logprobs=draw(st.none() | st.just(0)),
     )
-    shared = COMMON[: draw(st.integers(0, len(COMMON)))]
+    shared = COMMON[: draw(st.sampled_from([0, 0, 3, 7, 8, 12, 12]))]
     own = draw(st.lists(st.integers(0, VOCAB - 1), min_size=not shared, max_size=14 - len(shared)))
     return GenerateRequest(
         request_id,
@@ -449,8 +521,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         token_cost=TokenCost(draw(st.sampled_from([(), ((math.inf, 0.5),)]))),
     )
     arrivals: dict[int, list[GenerateRequest]] = defaultdict(list)
-    for i in range(draw(st.integers(2, 8))):
-        arrivals[draw(st.sampled_from([0, 0, 1, 2, 3, 9, 15]))].append(draw(requests(f"r{i}")))
+    for i in range(draw(st.integers(2, 10))):
+        arrivals[draw(st.sampled_from([0, 0, 1, 2, 3, 9, 15, 19]))].append(draw(requests(f"r{i}")))
     abort = st.tuples(st.integers(0, 7), st.booleans())
     page_size = draw(st.integers(1, 4))
     every = list(itertools.chain(*arrivals.values()))
@@ -462,6 +534,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         page_size=page_size,
         lateness=draw(st.sampled_from([0, 1, 1, 2])),
         prefix_caching=draw(st.sampled_from([True, True, False])),
+        tiers=draw(st.none() | st.tuples(st.integers(1, 9), st.integers(0, 3))),
         arrivals=arrivals,
         aborts=draw(st.dictionaries(st.integers(0, 20), abort, max_size=3)),
     )
@@ -476,6 +549,7 @@ def test_every_request_is_given_what_it_would_be_given_alone(scenario):
         scenario.page_size,
         scenario.lateness,
         scenario.prefix_caching,
+        FakeTiers(*scenario.tiers) if scenario.tiers else None,
     )
     for now in range(22):
         for one in scenario.arrivals.get(now, []):

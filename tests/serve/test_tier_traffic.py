@@ -1,0 +1,57 @@
+"""Pages that leave the device and come back: nothing but the time to a first token changes."""
+
+import pytest
+
+from cache.tiers.host import HostTier
+from cache.tiers.stack import TierStack
+from serve.tier_traffic import TierTraffic
+from tests.serve.harness import (
+    DENSE,
+    PAGE_SIZE,
+    compile_few,
+    greedy,
+    make_parts,
+    random_prompts,
+    random_weights,
+)
+from tests.serve.test_prefix_caching import num_cached, serve
+
+NUM_PAGES = 20
+PROMPT, *OTHERS = random_prompts(DENSE, [90] * 5)
+WEIGHTS = random_weights(DENSE)
+
+
+def page_cost(number):
+    return float(PAGE_SIZE)
+
+
+class Stack(TierStack):
+    """One for which computing takes so long that whatever is below is fetched."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.worth.observe_prefill(1.0, 1000.0)
+        self.worth.observe_prefill = lambda cost, seconds: None
+
+
+@pytest.fixture
+def host_parts():
+    def make_traffic(images):
+        stack = Stack(HostTier(100 * images.image_bytes, images.image_bytes), [])
+        return TierTraffic(stack, images, page_cost)
+
+    parts = make_parts(DENSE, WEIGHTS, num_pages=NUM_PAGES, make_traffic=make_traffic)
+    compile_few(parts.runner)
+    yield parts
+    parts.runner.close(1.0)
+
+
+def test_evicted_prefix_comes_back_from_host_memory(host_parts):
+    engine = host_parts.engine()
+    host_parts.runner.start(engine.wake)
+    first = serve(engine, greedy("first", PROMPT, 8))
+    for i, other in enumerate(OTHERS):
+        serve(engine, greedy(f"other {i}", other, 8))
+    again = serve(engine, greedy("again", PROMPT, 8))
+    assert num_cached(again) == 80
+    assert again.token_ids == first.token_ids
