@@ -7,6 +7,7 @@ index alone is `bench/cache_replay.py`.
 """
 
 import json
+import math
 import random
 import threading
 import time
@@ -176,10 +177,13 @@ def run(
     what building the engine raises."""
     machine = this_machine(ROOT)
     directory = model or random_model(RANDOM_MODEL | {"context": CONTEXT}, cache, tell)
-    config = override_config(_config(directory, load), overrides)
-    ensure_devices(config.mesh)
+    # What is to stay, stays; and what is to go down makes room for the next.
+    large, small = (
+        override_config(_config(directory, load.longest * times), overrides) for times in (4, 1.5)
+    )
+    ensure_devices(large.mesh)
     keep_compiled_programs()
-    with _client(config, load) as client:
+    with _client(large, load) as client:
         tell(f"a conversation of {load.num_turns} turns")
         turns = _converse(client, load)
         tell(f"{load.runs} prefixes of {load.num_cached:,} tokens on the device")
@@ -187,7 +191,7 @@ def run(
     with TemporaryDirectory(dir=cache, prefix="tier-") as folder:
         for where, tiers in _tiers(Path(folder)).items():
             tell(f"{load.runs} prefixes of {load.num_cached:,} tokens on the {where}")
-            with _client(override_config(config, tiers), load) as client:
+            with _client(override_config(small, tiers), load) as client:
                 prefixes.append(_below(client, load, where))
     return Report(
         model=describe(directory),
@@ -316,9 +320,9 @@ def _medians(where: str, first: Sequence[_Answer], uncached: Sequence[_Answer]) 
     )
 
 
-def _config(directory: Path, load: Load) -> ServeConfig:
-    """With a pool that holds a prefix or the conversation, and little more."""
-    num_pages = -(-3 * load.longest // (2 * PAGE_SIZE))
+def _config(directory: Path, num_tokens: float) -> ServeConfig:
+    """With a pool of so many tokens."""
+    num_pages = math.ceil(num_tokens / PAGE_SIZE)
     asked = {
         "model": {"path": str(directory.absolute())},
         "schedule": {"max_batch": 4},
