@@ -1,10 +1,13 @@
 """Pages that leave the device and come back: nothing but the time to a first token changes."""
 
+import time
+
 import pytest
 
 from cache.tiers.host import HostTier
 from cache.tiers.stack import TierStack
 from serve.tier_traffic import TierTraffic
+from sharding.mesh import parse_mesh
 from tests.serve.harness import (
     DENSE,
     PAGE_SIZE,
@@ -17,6 +20,7 @@ from tests.serve.harness import (
 from tests.serve.test_prefix_caching import num_cached, serve
 
 NUM_PAGES = 20
+TIMEOUT_S = 60
 PROMPT, *OTHERS = random_prompts(DENSE, [90] * 5)
 WEIGHTS = random_weights(DENSE)
 
@@ -34,16 +38,30 @@ class Stack(TierStack):
         self.worth.observe_prefill = lambda cost, seconds: None
 
 
-@pytest.fixture
-def host_parts():
+@pytest.fixture(params=["tensor=1", "stage=2,tensor=4"])
+def host_parts(request):
     def make_traffic(images):
         stack = Stack(HostTier(100 * images.image_bytes, images.image_bytes), [])
         return TierTraffic(stack, images, page_cost)
 
-    parts = make_parts(DENSE, WEIGHTS, num_pages=NUM_PAGES, make_traffic=make_traffic)
+    parts = make_parts(
+        DENSE,
+        WEIGHTS,
+        parse_mesh(request.param),
+        num_pages=NUM_PAGES,
+        make_traffic=make_traffic,
+    )
     compile_few(parts.runner)
     yield parts
     parts.runner.close(1.0)
+
+
+def wait_for_pages(parts, num_pages):
+    """Until host memory has so many."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while parts.traffic.reports()[0].num_pages < num_pages:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_evicted_prefix_comes_back_from_host_memory(host_parts):
@@ -52,6 +70,7 @@ def test_evicted_prefix_comes_back_from_host_memory(host_parts):
     first = serve(engine, greedy("first", PROMPT, 8))
     for i, other in enumerate(OTHERS):
         serve(engine, greedy(f"other {i}", other, 8))
+    wait_for_pages(host_parts, 6 * len(OTHERS))
     again = serve(engine, greedy("again", PROMPT, 8))
     assert num_cached(again) == 80
     assert again.token_ids == first.token_ids
