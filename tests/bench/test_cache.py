@@ -18,7 +18,8 @@ def model(tmp_path_factory):
 
 
 def test_a_turn_computes_what_is_new(model, tmp_path):
-    report = run(model, ["schedule.max_steps=1"], LOAD, cache=tmp_path)
+    few = ["schedule.max_steps=1", "schedule.max_batch=1", "schedule.token_budget=64"]
+    report = run(model, few, LOAD, cache=tmp_path)
     assert [turn.num_prompt for turn in report.turns] == [20, 48, 76]
     # The last token of an answer has been chosen, not computed.
     assert [turn.num_new for turn in report.turns] == [20, 21, 21]
