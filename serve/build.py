@@ -72,6 +72,7 @@ def build_engine(
     partition = Partition(model, shape.stage, shape.tensor)
     meshes = make_meshes(shape)
     source = open_checkpoint(directory)
+    _check_stores(config)
     # Only pages that outlive the process ask whose they are.
     weights = identity(directory) if config.tiers.stores else b""
     builder = _Builder(
@@ -83,6 +84,15 @@ def build_engine(
         seeds = random.Random(config.schedule.seed + i)
         engines.append(Engine(info, scheduler, runner, seeds, clock))
     return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def _check_stores(config: ServeConfig) -> None:
+    """Raises ConfigError for a store that can't be, before weights are read."""
+    for store in config.tiers.stores:
+        try:
+            open_store(store.url)
+        except ValueError as error:
+            raise ConfigError(f"tiers.stores, {store.name}: {error}") from None
 
 
 @dataclass(frozen=True)

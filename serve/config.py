@@ -134,14 +134,14 @@ class StoreSection(Section):
     url: str = Field(min_length=1)
     """A folder, or s3://bucket/path or gs://bucket/path. A relative folder is the file's, as
     model.path is."""
-    gib: Annotated[float, Field(gt=0)]
+    gib: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TiersSection(Section):
     """Where pages go that the devices have no room for; a tier is read only when that is faster
     than computing."""
 
-    host_gib: Annotated[float, Field(ge=0)] = 0.0
+    host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Of host memory; 0: no tiers at all."""
     stores: list[StoreSection] = []
     """Nearest first."""
@@ -198,6 +198,12 @@ class ServeConfig(Section):
     tiers: TiersSection = TiersSection()
     kernels: KernelsSection = KernelsSection()
     listen: ListenSection = ListenSection()
+
+    @model_validator(mode="after")
+    def _tiers_have_prefixes(self) -> Self:
+        if self.tiers.host_gib and not self.cache.prefix_caching:
+            raise ValueError("such that cache.prefix_caching is true where tiers.host_gib is set")
+        return self
 
 
 EXCLUSIVE = {("cache", "pages"): "memory_fraction", ("cache", "memory_fraction"): "pages"}
@@ -318,7 +324,9 @@ def _explain(place: Sequence[str], details: Mapping[str, Any]) -> str:
             return f"{key} is {given!r}; it must be a section, [{key}], of {', '.join(_keys(key))}"
         case _:
             expected = re.sub(r"^(Input should be|Value error,) ", "", details["msg"])
-            shown = f"[{key}]" if isinstance(given, Mapping) else f"{key} is {given!r}; it"
+            shown = f"{key} is {given!r}; it"
+            if isinstance(given, Mapping):
+                shown = f"[{key}]" if key else "the configuration"
             return f"{shown} must be {expected}"
 
 

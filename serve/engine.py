@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cache.tiers.counts import TierReport
@@ -143,9 +144,10 @@ class Engine:
     def flush_cache(self) -> int:
         """Forgets all cached prefixes, the tiers' too; returns how many pages of the devices were
         kept for them alone."""
-        self._runner.clear_tiers()
         with self._changed:
-            return self._scheduler.tables.pool.flush()
+            num_pages = self._scheduler.prefixes.flush()
+        self._runner.clear_tiers()
+        return num_pages
 
     def drain(self) -> None:
         """Refuses what comes and finishes what runs; returns at once."""
@@ -287,7 +289,9 @@ class Engine:
         with self._changed:
             self.failure = error
             for request_id in self._clients:
-                self._scheduler.abort(request_id, self._clock())
+                # What failed may be the bookkeeping itself; clients are told all the same.
+                with suppress(Exception):
+                    self._scheduler.abort(request_id, self._clock())
             clients, self._clients = self._clients, {}
             self._delivering = True
         ended = Output(

@@ -16,6 +16,8 @@ from cache.tables import PageTables
 from cache.tiers.fetch import Fetch
 from serve.plan import Sequence
 
+MOST_LANDED = 32
+"""Pages of a sequence that a step writes: others' rows wait for it."""
 LEAST_SHARE = 4
 """A page's beginning is copied if it is a quarter of a page, or all that the other page has: most
 prompts share a first token or so."""
@@ -81,6 +83,11 @@ class Prefixes:
                 saves.append((key, page))
         return saves
 
+    def flush(self) -> int:
+        """Forgets all prefixes of the device; returns how many pages were kept for them alone."""
+        self._unsaved.clear()
+        return self._pool.flush()
+
     def end_plan(self) -> None:
         """The step is planned: what follows comes after it on the device."""
         self._index.written()
@@ -140,7 +147,8 @@ class Prefixes:
         is_done = fetch.done()
         before = sequence.num_computed
         landings: list[tuple[int, Buffer]] = []
-        for key, image in fetch.take():
+        taken = fetch.take(MOST_LANDED)
+        for key, image in taken:
             number = sequence.num_named
             page = self._tables.pages(row)[number]
             sequence.num_computed += self._pool.page_size
@@ -150,7 +158,7 @@ class Prefixes:
                 landings.append((page, image))
             if not sequence.num_preemptions:
                 sequence.fetched[fetch.tier_of(key)] += self._pool.page_size
-        if is_done:
+        if is_done and len(taken) < MOST_LANDED:
             sequence.fetch = None
         self._count(sequence, sequence.num_computed - before)
         return landings

@@ -62,10 +62,11 @@ class Fetch:
         """Nothing more will arrive."""
         return self._is_done
 
-    def take(self) -> list[tuple[Key, Buffer]]:
-        """What arrived since the last call, in order; before `done` it may be a part."""
+    def take(self, most: int) -> list[tuple[Key, Buffer]]:
+        """Up to `most` of the pages that have arrived, in order. Fewer, once it is `done`, are the
+        last."""
         ready = self._ready
-        return [ready.popleft() for _ in range(len(ready))]
+        return [ready.popleft() for _ in range(min(most, len(ready)))]
 
     def tier_of(self, key: Key) -> str:
         """Where a page that was taken came from."""
@@ -115,7 +116,8 @@ class Fetch:
             self._ready.append((self.keys[self.num_arrived], arrived))
             self.num_arrived += 1
         self._next = max(self._next, self.num_arrived)
-        self._is_done = self.num_arrived == len(self.keys)
+        if self.num_arrived == len(self.keys):
+            self._is_done = True
 
     def abandon(self) -> None:
         """It is too late for what has not arrived."""

@@ -15,6 +15,8 @@ from cache.tiers.record import FINGERPRINT_BYTES
 OPEN_S = 10.0
 FOREIGN_S = 7 * 24 * 3600.0
 """Another model's pages are deleted when its folder was not in use for a week."""
+PREFIX = "weft-kv-"
+"""Of a model's folder: what else lies in the store is not ours to delete."""
 USED = "used"
 """In each folder: when it was last in use, then its keys, the least recently used first."""
 _TIME = struct.Struct("<d")
@@ -59,7 +61,7 @@ class Folder:
     """A folder named by a model's fingerprint, so that nobody else's pages are ever read."""
 
     def __init__(self, store: Store, fingerprint: bytes) -> None:
-        self._store, self._name = store, fingerprint.hex()
+        self._store, self._name = store, f"{PREFIX}{fingerprint.hex()}"
 
     def path(self, key: Key) -> str:
         """Sharded: file systems are slow with very many files in one folder."""
@@ -73,7 +75,7 @@ class Folder:
         for name in self._store.list().result(timeout=timeout_s):
             folder, _, rest = name.decode("ascii", "replace").partition("/")
             if folder != self._name:
-                if _is_hex(folder, FINGERPRINT_BYTES):
+                if folder.startswith(PREFIX) and _is_hex(folder[len(PREFIX) :], FINGERPRINT_BYTES):
                     others.add(folder)
             elif _is_hex(rest[3:], KEY_BYTES):
                 found[bytes.fromhex(rest[3:])] = None
@@ -96,9 +98,9 @@ class Folder:
         path = f"{folder}/{USED}"
         read = self._store.read(path, byte_range=slice(0, _TIME.size))
         value: bytes = read.result(timeout=timeout_s).value
-        if len(value) != _TIME.size:  # nobody said: from now on
-            self._store.write(path, _TIME.pack(now_s)).result(timeout=timeout_s)
-        elif now_s - _TIME.unpack(value)[0] > FOREIGN_S:
+        if len(value) != _TIME.size:
+            return  # a model's folder says so from its first moment: this is somebody else's
+        if now_s - _TIME.unpack(value)[0] > FOREIGN_S:
             both = ts.KvStore.KeyRange(f"{folder}/", f"{folder}0")  # "0" comes after "/"
             self._store.delete_range(both).result(timeout=timeout_s)
 

@@ -168,15 +168,19 @@ class Writer:
         if self._shelf.writing.is_off(self._shelf.clock()):
             self._drop(key, Drop.OFF)
             return
-        if key in self._shelf.ledger:  # it was queued before the store was listed
-            with self._changed:
-                del self.pending[key]
+        with self._changed:
+            image = self.pending.get(key)
+            is_there = key in self._shelf.ledger  # it was queued before the store was listed
+            if is_there:
+                self.pending.pop(key, None)
+        # A write that nobody waited for any more may have ended since it was queued again.
+        if is_there or image is None:
             return
         while not self._reserve():
             if not self._evict() and not self._await_write():
                 self._drop(key, Drop.NO_ROOM)
                 return
-        record = self._shelf.form.encode(key, self.pending[key])
+        record = self._shelf.form.encode(key, image)
         self._under_way.append((key, self._shelf.start_write(key, record)))
 
     def _reserve(self) -> bool:
@@ -212,7 +216,8 @@ class Writer:
         shelf.writing.succeeded()
         with self._changed:
             shelf.ledger.release()
-            shelf.ledger.enter(key)
+            if key not in shelf.ledger:
+                shelf.ledger.enter(key)
             self.pending.pop(key, None)
             shelf.counts.written += 1
             shelf.counts.bytes_written += shelf.ledger.page_bytes
@@ -249,7 +254,7 @@ class Writer:
     def _forget_queued(self) -> None:
         with self._changed:
             for key in self._queue:
-                del self.pending[key]
+                self.pending.pop(key, None)
             self._queue.clear()
 
     def _is_order_due(self) -> bool:

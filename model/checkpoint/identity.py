@@ -20,6 +20,8 @@ def identity(directory: Path) -> bytes:
     files = (path for path in directory.rglob("*") if path.is_file())
     for path in sorted(files):
         name = path.relative_to(directory)
+        if any(part.startswith(".") for part in name.parts):
+            continue  # what downloaded it keeps its notes there
         if len(name.parts) == 1 and path.suffix in NO_WEIGHTS and path.name != CONFIG:
             continue
         size = path.stat().st_size

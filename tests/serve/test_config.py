@@ -120,6 +120,11 @@ def test_an_unknown_key_on_the_command_line_names_the_option(tmp_path: Path) -> 
         ('[listen]\ngrpc = "8500"', "listen.grpc is '8500'; it must be \"host:port\""),
         ('[listen]\ngrpc = ""', "gRPC cannot be turned off"),
         ('[listen]\nhttp = "0.0.0.0:99999"', "listen.http is '0.0.0.0:99999'; it must be"),
+        ("[tiers]\nhost_gib = inf", "tiers.host_gib is inf; it must be a finite number"),
+        (
+            "[cache]\nprefix_caching = false\n[tiers]\nhost_gib = 1",
+            "the configuration must be such that",
+        ),
         ("[tiers]\nhost_gib = -1", "tiers.host_gib is -1; it must be greater than or equal to 0"),
         (f"[tiers]\n{STORE}", "[tiers] must be given host_gib, some GiB of host memory"),
         (f"[tiers]\nhost_gib = 1\n{STORE}{STORE}", "must be given names that differ"),

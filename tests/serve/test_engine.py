@@ -626,6 +626,24 @@ def test_stop_cancels_what_runs_and_what_waits(parts):
         engine.submit(greedy("late", prompt_of(5), 5), Answer())
 
 
+def test_failure_of_the_bookkeeping_itself_is_told_to_all(parts, monkeypatch):
+    engine = parts.engine()
+    answers = submit_all(engine, [greedy(str(i), prompt_of(20), 60) for i in range(3)])
+
+    def broken(*_):
+        raise RuntimeError("books are wrong")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._scheduler, "schedule", broken)
+        patched.setattr(engine._scheduler, "abort", broken)
+        engine.start()
+        assert engine.wait_idle(TIMEOUT_S)
+    assert {answer.finish_reason for answer in answers.values()} == {FinishReason.ERROR}
+    engine.stop()
+    for i in range(3):
+        engine._scheduler.abort(str(i), 0.0)
+
+
 def test_failure_ends_every_request_and_is_told_to_those_who_come_after(parts, caplog):
     steps = iter(range(100))
 

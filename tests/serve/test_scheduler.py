@@ -243,7 +243,7 @@ class FakeFetch:
     def done(self) -> bool:
         return not self._pages
 
-    def take(self) -> list[tuple[bytes, Any]]:
+    def take(self, most: int) -> list[tuple[bytes, Any]]:
         if self._delay:
             self._delay -= 1
             return []

@@ -7,6 +7,7 @@ import pytest
 
 from cache.tiers.worth import Worth
 from serve.build import build_engine
+from serve.config import ConfigError
 from tests.serve.harness import Answer, greedy
 from tests.serve.test_build import MODEL, configure
 from tools.random_checkpoint import write_random_checkpoint
@@ -108,6 +109,14 @@ def test_pages_of_another_model_are_not_read(checkpoint, tmp_path):
     shutil.rmtree(other / "new")
     [answer], _ = serve(configured(other, tmp_path / "pages"), [PROMPT])
     assert usage(answer).cached_tokens == 0
+
+
+def test_a_store_that_cannot_be_is_refused_before_weights_are_read(checkpoint, tmp_path):
+    config = configured(checkpoint, tmp_path)
+    store = config.tiers.stores[0].model_copy(update={"url": "ftp://example/pages"})
+    tiers = config.tiers.model_copy(update={"stores": [store]})
+    with pytest.raises(ConfigError, match=r"tiers.stores, disk: there is no store at 'ftp://"):
+        build_engine(config.model_copy(update={"tiers": tiers}))
 
 
 def test_a_damaged_page_is_computed_again(checkpoint, tmp_path):

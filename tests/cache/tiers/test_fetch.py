@@ -19,7 +19,7 @@ def test_pages_are_taken_in_order_up_to_the_first_miss(order: list, missing: set
     for number in order:
         outcome = Miss.ABSENT if number in missing else image(keys(6)[number])
         fetch.accept(number, outcome, 11.0)
-        taken += fetch.take()
+        taken += fetch.take(1000)
         assert taken == [(one, image(one)) for one in keys(6)[: len(taken)]]
     assert fetch.done()
     assert len(taken) == min(missing, default=6)
@@ -61,7 +61,7 @@ def test_what_arrived_before_it_was_abandoned_can_be_taken():
     fetch.accept(1, b"b", 10.2)
     assert fetch.done()
     assert fetch.is_abandoned
-    assert fetch.take() == [(keys(1)[0], b"a")]
+    assert fetch.take(1000) == [(keys(1)[0], b"a")]
 
 
 def test_what_was_done_is_not_abandoned():
@@ -77,7 +77,7 @@ def test_cancelled_fetch_is_done_and_gives_nothing():
     fetch.cancel()
     fetch.accept(1, b"b", 10.2)
     assert fetch.done()
-    assert fetch.take() == []
+    assert fetch.take(1000) == []
     assert fetch.next_to_read(10.2) is None
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from cache.tiers.folder import FOREIGN_S, USED, Folder, open_store
+from cache.tiers.folder import FOREIGN_S, PREFIX, USED, Folder, open_store
 from tests.cache.tiers.fake_store import FORM, FakeStore, key, keys
 
 S = 5.0
 OTHER = b"f" * 16
+NAME, OTHERS_NAME = (PREFIX + some.hex() for some in (FORM.fingerprint, OTHER))
 
 
 def write(store: FakeStore, folder: Folder, *numbers: int) -> None:
@@ -35,7 +36,7 @@ def test_empty_store_has_nothing():
 def test_names_that_are_no_pages_are_passed_over():
     store = FakeStore()
     folder = Folder(store, FORM.fingerprint)
-    mine = FORM.fingerprint.hex()
+    mine = NAME
     for name in ("stray", "a/b", f"{mine}/x", f"{mine}/00/{'g' * 32}", f"{mine}/00/{'0' * 31}"):
         store.write(name, b"x")
     assert folder.list(S) == ([], [])
@@ -46,14 +47,14 @@ def test_spoiled_order_loses_only_the_order(used: bytes):
     store = FakeStore()
     folder = Folder(store, FORM.fingerprint)
     write(store, folder, 1)
-    store.write(f"{FORM.fingerprint.hex()}/{USED}", used)
+    store.write(f"{NAME}/{USED}", used)
     assert folder.list(S) == ([key(1)], [])
 
 
 def test_other_models_pages_are_named_and_not_listed():
     store = FakeStore()
     write(store, Folder(store, OTHER), 1, 2)
-    assert Folder(store, FORM.fingerprint).list(S) == ([], [OTHER.hex()])
+    assert Folder(store, FORM.fingerprint).list(S) == ([], [OTHERS_NAME])
 
 
 @pytest.mark.parametrize(
@@ -66,20 +67,24 @@ def test_other_models_folder_goes_when_it_was_not_in_use_for_long(age_s: float, 
     write(store, mine, 1)
     write(store, other, 2)
     other.save_order(keys(1), 1000.0, S)
-    mine.remove_unused(OTHER.hex(), 1000.0 + age_s, S)
+    mine.remove_unused(OTHERS_NAME, 1000.0 + age_s, S)
     assert other.list(S)[0] == ([] if goes else [key(2)])
     assert mine.list(S)[0] == [key(1)]
 
 
-def test_folder_of_unknown_age_is_young_from_now_on():
+def test_folder_that_does_not_say_when_it_was_used_is_left_alone():
     store = FakeStore()
     mine, other = Folder(store, FORM.fingerprint), Folder(store, OTHER)
     write(store, other, 2)
-    mine.remove_unused(OTHER.hex(), 1e9, S)
-    mine.remove_unused(OTHER.hex(), 1e9 + FOREIGN_S - 1, S)
+    mine.remove_unused(OTHERS_NAME, 1e9, S)
+    mine.remove_unused(OTHERS_NAME, 1e9 + 2 * FOREIGN_S, S)
     assert other.list(S)[0] == [key(2)]
-    mine.remove_unused(OTHER.hex(), 1e9 + FOREIGN_S + 1, S)
-    assert other.list(S)[0] == []
+
+
+def test_folders_that_are_not_of_our_making_are_not_others():
+    store = FakeStore()
+    store.write(f"{OTHER.hex()}/thesis.txt", b"years of work")
+    assert Folder(store, FORM.fingerprint).list(S) == ([], [])
 
 
 def test_folder_on_disk_is_removed_alone(tmp_path: Path):
@@ -89,7 +94,7 @@ def test_folder_on_disk_is_removed_alone(tmp_path: Path):
         store.write(folder.path(key(1)), b"x").result()
         folder.save_order(keys(2), 0.0, S)
     (tmp_path / "mine.txt").write_text("not a page")
-    mine.remove_unused(OTHER.hex(), FOREIGN_S + 1, S)
+    mine.remove_unused(OTHERS_NAME, FOREIGN_S + 1, S)
     assert mine.list(S) == ([key(1)], [])
     assert (tmp_path / "mine.txt").exists()
 

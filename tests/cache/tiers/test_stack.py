@@ -80,7 +80,7 @@ def taken(stack: TierStack, pages: Sequence[Key]) -> list[Key]:
     fetch = fetched(stack, pages)
     if fetch is None:
         return []
-    images = fetch.take()
+    images = fetch.take(1000)
     assert all(content == image(one) for one, content in images)
     return [one for one, _ in images]
 
@@ -134,7 +134,7 @@ def test_fetch_from_host_memory_is_done_at_once():
     fetch = stack.fetch(keys(4), [0.0] * 4, lambda: pytest.fail("it was done already"))
     assert fetch is not None
     assert fetch.done()
-    assert fetch.take() == [(one, image(one)) for one in keys(4)]
+    assert fetch.take(1000) == [(one, image(one)) for one in keys(4)]
     stack.close(GRACE_S)
 
 
@@ -220,7 +220,7 @@ def test_what_host_memory_has_is_taken_where_the_rest_is_computed():
     until(lambda: on(stack, "disk").num_pages == 2)
     fetch = fetched(stack, keys(4), page_s=1e-9)
     assert fetch is not None
-    assert [one for one, _ in fetch.take()] == keys(2)
+    assert [one for one, _ in fetch.take(1000)] == keys(2)
     stack.close(GRACE_S)
 
 
@@ -246,7 +246,7 @@ def test_fetch_that_lags_is_given_up_before_much_is_lost(hangs: str):
     fetch = fetched(stack, keys(num_pages), page_s)
     lost_s = time.monotonic() - began_s
     assert fetch is not None
-    num_taken = len(fetch.take())
+    num_taken = len(fetch.take(1000))
     assert num_taken == (5 if hangs == "in the middle" else 0)
     # Beyond the bound: the time in which a busy machine wakes a thread.
     assert lost_s <= num_taken * page_s + MOST_LOST * num_pages * page_s + 0.25
@@ -271,7 +271,7 @@ def test_cancelled_fetch_wakes_nobody_and_is_no_measurement():
     assert fetch.done()
     store.release()
     until(lambda: stack.find(keys(3)).count("host") == 2)
-    assert fetch.take() == []
+    assert fetch.take(1000) == []
     assert stack.worth.fetch_s("disk", 3) == before_s
     assert on(stack, "disk").decisions.abandoned == 0
     stack.close(GRACE_S)
@@ -344,7 +344,7 @@ def test_each_tiers_part_must_be_worth_it_by_itself():
     until(lambda: on(stack, "disk").num_pages == 2)
     fetch = stack.fetch(keys(4), [50.0, 100.0, 100.0, 100.0], lambda: None)
     assert fetch is not None
-    assert [one for one, _ in fetch.take()] == keys(2)
+    assert [one for one, _ in fetch.take(1000)] == keys(2)
     assert on(stack, "disk").decisions.recomputed == 1
     stack.close(GRACE_S)
 

@@ -197,6 +197,25 @@ def test_room_of_writes_that_hang_is_not_given_away(monkeypatch: pytest.MonkeyPa
     assert store.peak_bytes == 2 * FORM.record_bytes
 
 
+def test_page_whose_write_ends_late_may_be_written_again(monkeypatch: pytest.MonkeyPatch):
+    """It ends while the page waits in the queue once more."""
+    monkeypatch.setattr("cache.tiers.writer.WRITE_S", 0.1)
+    store = FakeStore()
+    tier = opened(store)
+    one, other = keys(2)
+    store.hanging.add("write")
+    tier.write(one, image(one))
+    until(lambda: report(tier).counts.drops[Drop.FAILED] == 1)
+    tier.write(other, image(other))
+    until(lambda: len(store.hung) == 2)
+    tier.write(one, image(one))
+    store.hanging.clear()
+    store.release()
+    until(lambda: not report(tier).num_queued)
+    tier.write(key(9), image(key(9)))
+    assert closed(tier).num_pages == len(store.records()) == 3
+
+
 def test_room_of_a_failed_write_is_free():
     store = FakeStore()
     tier = opened(store, capacity=2)

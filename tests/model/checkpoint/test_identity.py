@@ -31,6 +31,8 @@ def test_what_says_how_to_use_it_does_not_count(model):
     before = identity(model)
     (model / "tokenizer.json").write_text('{"more": 1}')
     (model / "README.md").write_text("read me")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "model.metadata").write_text("downloaded today")
     assert identity(model) == before
 
 
