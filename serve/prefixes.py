@@ -198,8 +198,10 @@ class Prefixes:
 
     def name_computed(self, sequence: Sequence) -> None:
         """Names the full pages of all tokens that steps have been submitted for."""
-        self.name_planned(sequence, _num_computed(sequence))
-        self._index.written()
+        # Asked for each row of each step: mostly no page has filled up.
+        if len(sequence.tokens) > (sequence.num_named + 1) * self._pool.page_size:
+            self.name_planned(sequence, _num_computed(sequence))
+            self._index.written()
 
     def end(self, sequence: Sequence) -> None:
         """Keeps what a sequence that leaves has computed, its last page in part."""
