@@ -46,12 +46,12 @@ HOST_SIDE = [
             "telemetry",
             "config",
             "front",
-            "client",
             "bridge",
             "cli",
         )
         if (path := ROOT / "serve" / f"{name}.py").is_file()
     ),
+    *sorted(ROOT.glob("serve/client/*.py")),
     *sorted(ROOT.glob("model/tokenizer/*.py")),
     *(ROOT / "model" / f"{name}.py" for name in ("chat", "detokenizer")),
 ]

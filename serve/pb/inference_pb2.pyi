@@ -39,7 +39,7 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "tenant", "session_id", "cache_salt", "priority")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "tenant", "session_id", "cache_salt", "priority", "context", "keep")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,8 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -58,7 +60,17 @@ class GenerateRequest(_message.Message):
     session_id: str
     cache_salt: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    context: str
+    keep: _containers.RepeatedCompositeFieldContainer[Breakpoint]
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., context: _Optional[str] = ..., keep: _Optional[_Iterable[_Union[Breakpoint, _Mapping]]] = ...) -> None: ...
+
+class Breakpoint(_message.Message):
+    __slots__ = ("position", "ttl")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    ttl: str
+    def __init__(self, position: _Optional[int] = ..., ttl: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "min_p", "top_k", "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "prompt_logprobs")
@@ -127,7 +139,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "fetched_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "fetched_tokens", "saved_s")
     class FetchedTokensEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -139,11 +151,13 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_S_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     fetched_tokens: _containers.ScalarMap[str, int]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., fetched_tokens: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    saved_s: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., fetched_tokens: _Optional[_Mapping[str, int]] = ..., saved_s: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("scheduled_s", "first_token_s", "finished_s", "num_preemptions")
@@ -278,6 +292,54 @@ class FlushCacheResponse(_message.Message):
     num_pages: int
     def __init__(self, num_pages: _Optional[int] = ...) -> None: ...
 
+class SubscribeCacheEventsRequest(_message.Message):
+    __slots__ = ("epoch", "sequence_number")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    sequence_number: int
+    def __init__(self, epoch: _Optional[str] = ..., sequence_number: _Optional[int] = ...) -> None: ...
+
+class CacheEvents(_message.Message):
+    __slots__ = ("epoch", "sequence_number", "is_snapshot", "is_snapshot_end", "events")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_END_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    sequence_number: int
+    is_snapshot: bool
+    is_snapshot_end: bool
+    events: _containers.RepeatedCompositeFieldContainer[CacheEvent]
+    def __init__(self, epoch: _Optional[str] = ..., sequence_number: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., is_snapshot_end: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[CacheEvent, _Mapping]]] = ...) -> None: ...
+
+class CacheEvent(_message.Message):
+    __slots__ = ("kind", "tier", "replica", "key", "parent_key", "num_tokens")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[CacheEvent.Kind]
+        KIND_STORED: _ClassVar[CacheEvent.Kind]
+        KIND_REMOVED: _ClassVar[CacheEvent.Kind]
+        KIND_CLEARED: _ClassVar[CacheEvent.Kind]
+    KIND_UNSPECIFIED: CacheEvent.Kind
+    KIND_STORED: CacheEvent.Kind
+    KIND_REMOVED: CacheEvent.Kind
+    KIND_CLEARED: CacheEvent.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kind: CacheEvent.Kind
+    tier: str
+    replica: int
+    key: bytes
+    parent_key: bytes
+    num_tokens: int
+    def __init__(self, kind: _Optional[_Union[CacheEvent.Kind, str]] = ..., tier: _Optional[str] = ..., replica: _Optional[int] = ..., key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -285,3 +347,143 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CachedContext(_message.Message):
+    __slots__ = ("name", "display_name", "num_tokens", "create_time", "update_time", "expire_time", "cached_tokens", "compute_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    display_name: str
+    num_tokens: int
+    create_time: float
+    update_time: float
+    expire_time: float
+    cached_tokens: int
+    compute_s: float
+    def __init__(self, name: _Optional[str] = ..., display_name: _Optional[str] = ..., num_tokens: _Optional[int] = ..., create_time: _Optional[float] = ..., update_time: _Optional[float] = ..., expire_time: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class CreateContextRequest(_message.Message):
+    __slots__ = ("tenant", "cache_salt", "text", "token_ids", "chat", "display_name", "ttl_s", "expire_time")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    cache_salt: str
+    text: str
+    token_ids: TokenIds
+    chat: Chat
+    display_name: str
+    ttl_s: float
+    expire_time: float
+    def __init__(self, tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., display_name: _Optional[str] = ..., ttl_s: _Optional[float] = ..., expire_time: _Optional[float] = ...) -> None: ...
+
+class GetContextRequest(_message.Message):
+    __slots__ = ("tenant", "name")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    name: str
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class ListContextsRequest(_message.Message):
+    __slots__ = ("tenant", "page_size", "page_token")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    page_size: int
+    page_token: str
+    def __init__(self, tenant: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListContextsResponse(_message.Message):
+    __slots__ = ("contexts", "next_page_token")
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    contexts: _containers.RepeatedCompositeFieldContainer[CachedContext]
+    next_page_token: str
+    def __init__(self, contexts: _Optional[_Iterable[_Union[CachedContext, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class UpdateContextRequest(_message.Message):
+    __slots__ = ("tenant", "name", "text", "token_ids", "chat", "ttl_s", "expire_time")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    name: str
+    text: str
+    token_ids: TokenIds
+    chat: Chat
+    ttl_s: float
+    expire_time: float
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., ttl_s: _Optional[float] = ..., expire_time: _Optional[float] = ...) -> None: ...
+
+class DeleteContextRequest(_message.Message):
+    __slots__ = ("tenant", "name")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    name: str
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class DeleteContextResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PrefillMessage(_message.Message):
+    __slots__ = ("request", "taken")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    request: PrefillRequest
+    taken: PagesTaken
+    def __init__(self, request: _Optional[_Union[PrefillRequest, _Mapping]] = ..., taken: _Optional[_Union[PagesTaken, _Mapping]] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("request_id", "token_ids", "tenant", "cache_salt", "priority", "first_page", "fingerprint", "lease_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    tenant: str
+    cache_salt: str
+    priority: int
+    first_page: int
+    fingerprint: bytes
+    lease_s: float
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class PagesTaken(_message.Message):
+    __slots__ = ("num_pages",)
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    num_pages: int
+    def __init__(self, num_pages: _Optional[int] = ...) -> None: ...
+
+class PageChunk(_message.Message):
+    __slots__ = ("page", "offset", "data")
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    page: int
+    offset: int
+    data: bytes
+    def __init__(self, page: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...

@@ -218,6 +218,11 @@ class ControlStub:
                 request_serializer=serve_dot_pb_dot_inference__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_inference__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.SubscribeCacheEvents = channel.unary_stream(
+                '/weft.v1.Control/SubscribeCacheEvents',
+                request_serializer=serve_dot_pb_dot_inference__pb2.SubscribeCacheEventsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.CacheEvents.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/weft.v1.Control/Drain',
                 request_serializer=serve_dot_pb_dot_inference__pb2.DrainRequest.SerializeToString,
@@ -255,6 +260,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubscribeCacheEvents(self, request, context):
+        """What the cache holds, first as a whole and then as it changes, so that a router can follow exactly. A
+        reader that falls too far behind gets RESOURCE_EXHAUSTED: subscribe again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Refuses new requests with UNAVAILABLE from now on and finishes those that were taken. Returns at
         once; GetLoad tells when nothing runs or waits. There is no way back but a restart.
@@ -285,6 +298,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=serve_dot_pb_dot_inference__pb2.FlushCacheRequest.FromString,
                     response_serializer=serve_dot_pb_dot_inference__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'SubscribeCacheEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.SubscribeCacheEvents,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.SubscribeCacheEventsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.CacheEvents.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -411,6 +429,33 @@ class Control:
             _registered_method=True)
 
     @staticmethod
+    def SubscribeCacheEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/weft.v1.Control/SubscribeCacheEvents',
+            serve_dot_pb_dot_inference__pb2.SubscribeCacheEventsRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.CacheEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Drain(request,
             target,
             options=(),
@@ -427,6 +472,340 @@ class Control:
             '/weft.v1.Control/Drain',
             serve_dot_pb_dot_inference__pb2.DrainRequest.SerializeToString,
             serve_dot_pb_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ContextCacheStub:
+    """Prompts with a name: computed once, kept until they expire, also over a restart where there are tiers. A
+    context belongs to its tenant; for others it does not exist.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Create = channel.unary_unary(
+                '/weft.v1.ContextCache/Create',
+                request_serializer=serve_dot_pb_dot_inference__pb2.CreateContextRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/weft.v1.ContextCache/Get',
+                request_serializer=serve_dot_pb_dot_inference__pb2.GetContextRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/weft.v1.ContextCache/List',
+                request_serializer=serve_dot_pb_dot_inference__pb2.ListContextsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.ListContextsResponse.FromString,
+                _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/weft.v1.ContextCache/Update',
+                request_serializer=serve_dot_pb_dot_inference__pb2.UpdateContextRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/weft.v1.ContextCache/Delete',
+                request_serializer=serve_dot_pb_dot_inference__pb2.DeleteContextRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.DeleteContextResponse.FromString,
+                _registered_method=True)
+
+
+class ContextCacheServicer:
+    """Prompts with a name: computed once, kept until they expire, also over a restart where there are tiers. A
+    context belongs to its tenant; for others it does not exist.
+    """
+
+    def Create(self, request, context):
+        """Returns when the context's keys and values are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Update(self, request, context):
+        """Appends to a context, or sets another end, or both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Requests that are being served with it go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ContextCacheServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Create': grpc.unary_unary_rpc_method_handler(
+                    servicer.Create,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.CreateContextRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.CachedContext.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.GetContextRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.CachedContext.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.ListContextsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.ListContextsResponse.SerializeToString,
+            ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.UpdateContextRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.CachedContext.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.DeleteContextRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.DeleteContextResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'weft.v1.ContextCache', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('weft.v1.ContextCache', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ContextCache:
+    """Prompts with a name: computed once, kept until they expire, also over a restart where there are tiers. A
+    context belongs to its tenant; for others it does not exist.
+    """
+
+    @staticmethod
+    def Create(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.ContextCache/Create',
+            serve_dot_pb_dot_inference__pb2.CreateContextRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.ContextCache/Get',
+            serve_dot_pb_dot_inference__pb2.GetContextRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.ContextCache/List',
+            serve_dot_pb_dot_inference__pb2.ListContextsRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.ListContextsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.ContextCache/Update',
+            serve_dot_pb_dot_inference__pb2.UpdateContextRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.CachedContext.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.ContextCache/Delete',
+            serve_dot_pb_dot_inference__pb2.DeleteContextRequest.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.DeleteContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class TransferStub:
+    """Between engines: what one computes for another. Whoever knows a prompt, its tenant and salt gets its keys and
+    values here, so it belongs on a network of engines.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Prefill = channel.stream_stream(
+                '/weft.v1.Transfer/Prefill',
+                request_serializer=serve_dot_pb_dot_inference__pb2.PrefillMessage.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.PageChunk.FromString,
+                _registered_method=True)
+
+
+class TransferServicer:
+    """Between engines: what one computes for another. Whoever knows a prompt, its tenant and salt gets its keys and
+    values here, so it belongs on a network of engines.
+    """
+
+    def Prefill(self, request_iterator, context):
+        """Computes the keys and values of a prompt's full pages and sends them as they are computed. The first
+        message is the request; each one after it says what has arrived. The stream ends after the last page.
+        A receiver that acknowledges nothing for lease_s, or cancels, lets go of all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TransferServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Prefill': grpc.stream_stream_rpc_method_handler(
+                    servicer.Prefill,
+                    request_deserializer=serve_dot_pb_dot_inference__pb2.PrefillMessage.FromString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.PageChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'weft.v1.Transfer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('weft.v1.Transfer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Transfer:
+    """Between engines: what one computes for another. Whoever knows a prompt, its tenant and salt gets its keys and
+    values here, so it belongs on a network of engines.
+    """
+
+    @staticmethod
+    def Prefill(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/weft.v1.Transfer/Prefill',
+            serve_dot_pb_dot_inference__pb2.PrefillMessage.SerializeToString,
+            serve_dot_pb_dot_inference__pb2.PageChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -171,9 +171,8 @@ def test_client_imports_neither_jax_nor_the_server():
     command = [sys.executable, "-c", code]
     modules = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ours = {name for name in modules.split() if name.split(".")[0] in ("serve", "model", "cache")}
-    assert ours == {
+    assert {name for name in ours if not name.startswith("serve.client")} == {
         "serve",
-        "serve.client",
         "serve.errors",
         "serve.pb",
         "serve.pb.inference_pb2",
