@@ -7,8 +7,9 @@ beginning of it. It does not know who owns a page (`cache/pages.py`), or what li
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from cache.events import Change, OnChange
 from cache.eviction import EvictionOrder
-from cache.keys import TOKEN_BYTES, Key, PageNames, page_key
+from cache.keys import KEY_BYTES, TOKEN_BYTES, Key, PageNames, page_key
 
 ROOT = 0
 """The parent of first pages: the null page, which has no name."""
@@ -53,10 +54,22 @@ class PrefixIndex:
         self._unwritten: list[int] = []
         """Pages that the step being planned will write."""
         self._order = EvictionOrder(num_pages, page_size, cost)
+        self._full_bytes = page_size * TOKEN_BYTES
+        self._on_change: OnChange | None = None
+        self._gone: list[Key] = []
+        """Names taken that it has yet to be told of."""
 
     def __len__(self) -> int:
         """Named pages."""
         return len(self._page_of)
+
+    def follow(self, on_change: OnChange) -> None:
+        """Tells of the full pages that have names, and from then on of each change."""
+        assert self._on_change is None, "another follows"
+        self._on_change = on_change
+        full = [(key, page) for key, page in self._page_of.items() if self._is_full(page)]
+        parents = [self._start[page][:KEY_BYTES] for _, page in full]
+        on_change(Change.STORED, [key for key, _ in full], parents)
 
     def find(self, keys: Sequence[Key], first: int, last: int) -> int:
         """How many pages of a sequence are here, up to `last`; the first `first` are known."""
@@ -101,8 +114,11 @@ class PrefixIndex:
         known = self._page_of.get(key)
         if known is not None:
             return known
-        if self._insert(page, key, names.blocks[number], parent, names.parent(number), number):
+        parent_key = names.parent(number)
+        if self._insert(page, key, names.blocks[number], parent, parent_key, number):
             self._unwritten.append(page)
+            if self._on_change is not None:
+                self._on_change(Change.STORED, (key,), (parent_key,))
         return page
 
     def add_end(self, names: PageNames, number: int, page: int, parent: int, block: bytes) -> None:
@@ -163,6 +179,9 @@ class PrefixIndex:
             above = self._forget(page)
         if above:
             self._order.wait(above)
+        if self._on_change is not None and self._gone:
+            self._on_change(Change.REMOVED, self._gone)
+            self._gone.clear()
         return evicted
 
     def clear(self) -> list[int]:
@@ -176,6 +195,8 @@ class PrefixIndex:
         self._starts.clear()
         self._unwritten.clear()
         self.num_idle = 0
+        if self._on_change is not None:
+            self._on_change(Change.CLEARED)
         return idle
 
     def _insert(
@@ -194,6 +215,9 @@ class PrefixIndex:
         self._order.begin(page, depth)
         return True
 
+    def _is_full(self, page: int) -> bool:
+        return len(self._block[page]) == self._full_bytes
+
     def _forget(self, page: int) -> int:
         """Takes the name of an idle page; returns its parent, if that may go now, or ROOT."""
         key, parent = self._key[page], self._parent[page]
@@ -202,6 +226,8 @@ class PrefixIndex:
         self._is_idle[page] = False
         self._key[page] = None
         del self._page_of[key]
+        if self._on_change is not None and self._is_full(page):
+            self._gone.append(key)
         start = self._start[page]
         last = self._starts.pop(start, page)
         if last != page:

@@ -10,6 +10,7 @@ from cache.contexts.deadlines import Deadlines
 from cache.keys import Key
 
 TTLS_S = {"5m": 300.0, "1h": 3600.0}
+DEFAULT_TTL = "5m"
 MAX_BREAKPOINTS = 4
 
 
@@ -115,6 +116,13 @@ class Retained:
         for key in over:
             del self._ttl_s[key]
         return over
+
+    def refuse(self, keys: Sequence[Key]) -> None:
+        """Takes back what `keep` returned last: there was no room after all."""
+        for key in keys:
+            self._ends.remove(key)
+            del self._ttl_s[key]
+        self.num_refused += len(keys)
 
     def _renew(self, key: Key, ttl_s: float, now_s: float) -> None:
         self._ttl_s[key] = ttl_s

@@ -6,7 +6,8 @@ It does not know the command line; what takes long is told to a Reporter.
 import logging
 import random
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from cache.contexts.context import ContextLimits
+from cache.contexts.registry import Contexts
+from cache.events import EventLog
 from cache.pages import PagePool
 from cache.tables import PageTables
 from cache.tiers.folder import open_store
@@ -27,10 +31,13 @@ from model.families import read_model_config
 from model.kernel_choice import Kernels
 from model.loading import load_weights
 from model.partition import Partition, abstract_weights
-from serve.config import ConfigError, ServeConfig
+from serve.config import ConfigError, ServeConfig, SplitSection, TiersSection
 from serve.engine import Engine, ModelInfo
-from serve.fit import Fit, Served, device_memory_bytes, fit
+from serve.fit import Fit, Served, device_memory_bytes, fit, num_devices_of
 from serve.page_images import PageImages, page_fingerprint
+from serve.page_mover import PageMover
+from serve.prefill.local import LocalPrefill
+from serve.prefill.remote import RemotePrefill
 from serve.program_cache import ProgramCache, beside_jax
 from serve.programs import Programs
 from serve.progress import Reporter, Silent
@@ -39,7 +46,7 @@ from serve.replicas import Replicas
 from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.tier_traffic import TierTraffic
-from sharding.mesh import MeshShape, make_meshes
+from sharding.mesh import MeshError, MeshShape, make_meshes
 
 log = logging.getLogger("weft")
 
@@ -73,17 +80,48 @@ def build_engine(
     meshes = make_meshes(shape)
     source = open_checkpoint(directory)
     _check_stores(config)
-    # Only pages that outlive the process ask whose they are.
-    weights = identity(directory) if config.tiers.stores else b""
+    # Only pages that leave the process ask whose they are.
+    leaves = config.tiers.stores or config.split.role == "prefill" or config.split.peers
+    weights = identity(directory) if leaves else b""
+    events = EventLog(uuid.uuid4().hex)
     builder = _Builder(
-        config, partition, source, progress, compile_ahead, check, beside_jax(), weights
+        config,
+        partition,
+        source,
+        progress,
+        compile_ahead,
+        check,
+        beside_jax(),
+        weights,
+        events,
+        clock,
     )
-    engines: list[Engine] = []
-    for i, mesh in enumerate(meshes):
-        runner, scheduler, info = builder.replica(mesh, i)
-        seeds = random.Random(config.schedule.seed + i)
-        engines.append(Engine(info, scheduler, runner, seeds, clock))
+    beside = builder.prefilling()
+    others = beside.meshes(jax.devices()[shape.num_devices :]) if beside else meshes
+    engines = [
+        builder.engine(mesh, i, beside, other)
+        for i, (mesh, other) in enumerate(zip(meshes, others, strict=True))
+    ]
     return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def build_contexts(config: ServeConfig, info: ModelInfo) -> Contexts | None:
+    """The registry of contexts, with those that an earlier start has left; None where no prefixes
+    are cached."""
+    if not config.cache.prefix_caching:
+        return None
+    section = config.contexts
+    limits = ContextLimits(
+        max_tokens=info.max_context - 2,  # one of the request's own, and one of the answer
+        max_contexts=section.max_contexts,
+        max_tenant_contexts=section.max_tenant_contexts,
+        default_ttl_s=section.default_ttl_s,
+        max_ttl_s=section.max_ttl_s,
+    )
+    if not section.folder:
+        return Contexts(limits, info.page_size)
+    weights = identity(Path(config.model.path))
+    return Contexts(limits, info.page_size, Path(section.folder), weights)
 
 
 def _check_stores(config: ServeConfig) -> None:
@@ -108,8 +146,60 @@ class _Builder:
     kept: ProgramCache | None
     weights_identity: bytes
     """Of the weights (`model/checkpoint/identity.py`)."""
+    events: EventLog
+    clock: Callable[[], float]
+    num_others: int = 0
+    """Devices of this process that others take."""
 
-    def replica(self, mesh: Mesh, replica: int) -> tuple[Runner, Scheduler, ModelInfo]:
+    def prefilling(self) -> "_Builder | None":
+        """Of engines on further devices that prefill for these, where there are to be some."""
+        mesh = self.config.split.prefill_mesh(self.config.mesh)
+        if mesh is None:
+            return None
+        cache = self.config.cache
+        if self.config.split.prefill_pages is not None:
+            cache = cache.model_copy(
+                update={"pages": self.config.split.prefill_pages, "memory_fraction": None}
+            )
+        changes = {
+            "mesh": mesh,
+            "cache": cache,
+            "tiers": TiersSection(),
+            "split": SplitSection(role="prefill"),
+        }
+        own = self.config.mesh
+        return replace(
+            self,
+            config=self.config.model_copy(update=changes),
+            partition=Partition(self.partition.config, mesh.stage, mesh.tensor),
+            events=EventLog(uuid.uuid4().hex),
+            num_others=own.data * own.stage * own.tensor,
+        )
+
+    def meshes(self, devices: Sequence[Any]) -> list[Mesh]:
+        mesh = self.config.mesh
+        shape = MeshShape(mesh.data, mesh.stage, mesh.tensor)
+        try:
+            return make_meshes(shape, devices)
+        except (MeshError, IndexError):
+            needed = shape.num_devices + self.num_others
+            raise MeshError(
+                f"split.prefill_tensor and split.prefill_stage take {shape.num_devices} devices "
+                f"beside the {self.num_others} of [mesh], there are {len(jax.devices())}; lower "
+                "one of them, or on a CPU set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+            ) from None
+
+    def engine(
+        self,
+        mesh: Mesh,
+        replica: int,
+        beside: "_Builder | None" = None,
+        its_mesh: Mesh | None = None,
+        destination: PageImages | None = None,
+    ) -> Engine:
+        """A replica, and the engine of `beside` that prefills for it; its own pages go to
+        `destination`, if it prefills for that."""
         config, model = self.config, self.partition.config
         served = Served(config, model, mesh.devices.flat[0].platform)
         limits, dtype, kernels = served.limits, served.dtype, served.kernels
@@ -132,23 +222,52 @@ class _Builder:
         pool = PagePool(found.num_pages + 1, found.page_size, limits.token_cost.at)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
         programs = served.programs(found.num_pages, mesh, kernels)
-        traffic = self._traffic(programs, replica)
-        runner = Runner(programs, weights, tables.array, self.kept, traffic)
+        split, images = config.split, PageImages(programs)
+        form = RecordFormat(page_fingerprint(self.weights_identity, programs), images.image_bytes)
+        moves_pages = config.tiers.host_gib or split.role != "all"
+        mover = PageMover(images, destination) if moves_pages else None
+        traffic = self._traffic(programs, mover, form, replica) if mover else None
+        prefills_only = split.role == "prefill"
+        runner = Runner(programs, weights, tables.array, self.kept, mover, traffic, prefills_only)
         if self.compile_ahead:
             with self.progress("compiling", len(runner.shapes), "programs") as bar:
                 runner.compile_all(lambda name, done, kept: bar.update(done, None, name, kept))
             self._check_compiled(replace(found, activation_bytes=runner.activation_bytes))
-        caching, eos_ids = config.cache.prefix_caching, frozenset(model.eos_ids)
-        return runner, Scheduler(limits, tables, eos_ids, caching, traffic), info
+        prefill = None
+        if beside is not None:
+            engine = beside.engine(its_mesh or mesh, replica, destination=images)
+            prefill = LocalPrefill(engine, split.least_tokens, split.lease_s)
+        elif split.peers:
+            prefill = RemotePrefill(
+                split.peers, form, found.page_size, split.least_tokens, split.lease_s
+            )
+        return Engine(
+            info,
+            Scheduler(
+                limits,
+                tables,
+                frozenset(model.eos_ids),
+                config.cache.prefix_caching,
+                traffic,
+                prefill,
+            ),
+            runner,
+            random.Random(config.schedule.seed + replica),
+            self.clock,
+            self.events,
+            replica,
+            prefill,
+            form if prefills_only else None,
+        )
 
-    def _traffic(self, programs: Programs, replica: int) -> TierTraffic | None:
+    def _traffic(
+        self, programs: Programs, mover: PageMover, form: RecordFormat, replica: int
+    ) -> TierTraffic | None:
         """The tiers below a replica's devices, where there are some: its share, in folders of its
         own."""
         tiers = self.config.tiers
         if not tiers.host_gib:
             return None
-        images = PageImages(programs)
-        form = RecordFormat(page_fingerprint(self.weights_identity, programs), images.image_bytes)
         num_replicas = self.config.mesh.data
         folder = f"/replica-{replica}" if num_replicas > 1 else ""
         stores = [
@@ -160,14 +279,16 @@ class _Builder:
             )
             for store in tiers.stores
         ]
-        host = HostTier(round(tiers.host_gib * GIB / num_replicas), images.image_bytes)
+        host = HostTier(round(tiers.host_gib * GIB / num_replicas), form.image_bytes)
+        for tier in (host, *stores):
+            self.events.add(replica, tier.name, tier.follow)
         stack = TierStack(host, stores, write_through=tiers.write_through)
         size, cost = programs.cache.page_size, programs.limits.token_cost
 
         def page_cost(number: int) -> float:
             return size * cost.at(number * size)
 
-        return TierTraffic(stack, images, page_cost)
+        return TierTraffic(stack, mover, page_cost)
 
     def _check_compiled(self, found: Fit) -> None:
         """That what the compiler says of the steps fits, too, where the estimate did."""
@@ -195,7 +316,8 @@ class _Builder:
         device = mesh.devices.flat[0]
 
         def check(changed: Served) -> Fit:
-            return fit(changed, device_memory_bytes(device, changed.config.mesh))
+            num_devices = num_devices_of(changed.config) + self.num_others
+            return fit(changed, device_memory_bytes(device, num_devices))
 
         found = check(served)
         if found.short_bytes:

@@ -7,6 +7,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -159,9 +160,72 @@ class TiersSection(Section):
     @classmethod
     def _names_differ(cls, stores: list[StoreSection]) -> list[StoreSection]:
         names = [store.name for store in stores]
-        if len({*names, "host"}) <= len(names):
-            raise ValueError('given names that differ from each other and from "host"')
+        if len({*names, "host", "device"}) < len(names) + 2:
+            raise ValueError('given names that differ, and from "host" and "device", too')
         return stores
+
+
+class SplitSection(Section):
+    """Prompts computed elsewhere than where their answers are decoded."""
+
+    role: Literal["all", "prefill", "decode"] = "all"
+    """all: one engine does both; prefill: it computes prompts for engines that decode, and serves
+    nobody else; decode: it asks others, and computes what is short, or all if nobody answers."""
+    peers: list[str] = []
+    """decode: host:port of each engine that prefills, as it listens for gRPC."""
+    prefill_tensor: Count | None = None
+    """decode: instead of peers, as many further devices of this process prefill for each replica,
+    times prefill_stage."""
+    prefill_stage: Count = 1
+    prefill_pages: Count | None = None
+    """Of these devices' pool; as many as the replica's unless told otherwise."""
+    least_tokens: Count = 256
+    """decode: a prompt of which fewer are to be computed is computed where it is decoded."""
+    lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """When nothing comes for as long, a prompt is computed where it is decoded; when nothing is
+    taken for as long, whoever prefills lets go of what it has."""
+
+    def prefill_mesh(self, mesh: MeshSection) -> MeshSection | None:
+        """Of this process's devices that prefill for the replicas of `mesh`, each with its own."""
+        if self.prefill_tensor is None:
+            return None
+        return MeshSection(data=mesh.data, stage=self.prefill_stage, tensor=self.prefill_tensor)
+
+    @field_validator("peers")
+    @classmethod
+    def _addresses(cls, peers: list[str]) -> list[str]:
+        for address in peers:
+            host, _, port = address.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+                raise ValueError('addresses "host:port", such as ["127.0.0.1:8501"]')
+        if len(set(peers)) < len(peers):
+            raise ValueError("addresses that differ")
+        return peers
+
+    @model_validator(mode="after")
+    def _somebody_prefills(self) -> Self:
+        is_here = self.prefill_tensor is not None
+        if self.role == "decode" and bool(self.peers) == is_here:
+            raise ValueError(
+                "given either peers or prefill_tensor where role is decode: who prefills"
+            )
+        if self.role != "decode" and (self.peers or is_here):
+            raise ValueError(
+                f"of role decode, not {self.role}, where peers or prefill_tensor are set"
+            )
+        return self
+
+
+class ContextsSection(Section):
+    """Prompts that clients name and keep (`ContextCache`)."""
+
+    folder: str = ""
+    """Where they are kept over a restart, which needs tiers.stores; "": nowhere. Relative as
+    model.path is."""
+    max_contexts: Count = 10_000
+    max_tenant_contexts: Count = 1_000
+    default_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
+    max_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 7 * 24 * 3600.0
 
 
 class ListenSection(Section):
@@ -197,12 +261,31 @@ class ServeConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     tiers: TiersSection = TiersSection()
     kernels: KernelsSection = KernelsSection()
+    split: SplitSection = SplitSection()
+    contexts: ContextsSection = ContextsSection()
     listen: ListenSection = ListenSection()
+
+    @model_validator(mode="after")
+    def _contexts_have_stores(self) -> Self:
+        if self.contexts.folder and not self.tiers.stores:
+            raise ValueError(
+                "such that tiers.stores has one where contexts.folder is set: it keeps the pages"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tiers_have_prefixes(self) -> Self:
         if self.tiers.host_gib and not self.cache.prefix_caching:
             raise ValueError("such that cache.prefix_caching is true where tiers.host_gib is set")
+        return self
+
+    @model_validator(mode="after")
+    def _split_has_prefixes(self) -> Self:
+        if self.split.role != "all" and not self.cache.prefix_caching:
+            raise ValueError(
+                "such that cache.prefix_caching is true where split.role is set: pages travel by "
+                "their names"
+            )
         return self
 
 
@@ -268,10 +351,10 @@ def _read(path: Path) -> Tables:
         raise ConfigError(f"{path}{f':{line[1]}' if line else ''}: {error}") from None
 
 
-def _make_model_absolute(values: Tables, folder: Path) -> None:
-    section: Tables | None = values.get("model")
-    if isinstance(section, dict) and isinstance(path := section.get("path"), str) and path:
-        section["path"] = str((folder / Path(path).expanduser()).resolve())
+def _make_path_absolute(name: str, key: str, values: Tables, folder: Path) -> None:
+    section: Tables | None = values.get(name)
+    if isinstance(section, dict) and isinstance(path := section.get(key), str) and path:
+        section[key] = str((folder / Path(path).expanduser()).resolve())
 
 
 def _make_stores_absolute(values: Tables, folder: Path) -> None:
@@ -285,7 +368,11 @@ def _make_stores_absolute(values: Tables, folder: Path) -> None:
             store["url"] = (folder / Path(url).expanduser()).resolve().as_uri()
 
 
-ABSOLUTE = {"model.path": _make_model_absolute, "tiers.stores": _make_stores_absolute}
+ABSOLUTE = {
+    "model.path": partial(_make_path_absolute, "model", "path"),
+    "tiers.stores": _make_stores_absolute,
+    "contexts.folder": partial(_make_path_absolute, "contexts", "folder"),
+}
 """By key, what makes its paths absolute."""
 
 

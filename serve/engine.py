@@ -7,12 +7,20 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from cache.events import DEVICE, EventLog, OnChange
+from cache.keys import Key
 from cache.tiers.counts import TierReport
+from cache.tiers.record import RecordFormat
+from cache.transfers.counts import TransferCounts
+from cache.transfers.sending import Sending
 from serve.errors import DuplicateRequest, InvalidRequest, Unavailable
+from serve.pins import RetainedCounts, RetainedPages, homes
 from serve.profile import Phase, Profile
 from serve.request import FinishReason, GenerateRequest, Load, Output
 from serve.runner import Pending, Runner
@@ -27,6 +35,18 @@ TIERS_GRACE_S = 10.0
 """For what the tiers have yet to write when the engine stops."""
 MOST_STALLED_S = 1.0
 """Without a look: whoever brings a page says so, but might have died."""
+
+
+class PrefillElsewhere(Protocol):
+    """Other engines that compute prompts (`serve/prefill`), while this one runs."""
+
+    def start(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when pages have arrived, from another thread."""
+        ...
+
+    def close(self) -> None: ...
+
+    def counts(self) -> TransferCounts: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +83,17 @@ class Engine:
         runner: Runner,
         seeds: random.Random,
         clock: Callable[[], float] = time.monotonic,
+        cache_events: EventLog | None = None,
+        replica: int = 0,
+        prefill: PrefillElsewhere | None = None,
+        page_form: RecordFormat | None = None,
     ) -> None:
+        """`cache_events` is that of all replicas; without, the engine has its own. `prefill` is the
+        scheduler's prefiller, which it starts and stops. With a `page_form`, that of pages on
+        their way, it takes no requests but those of other engines."""
         self.info = info
+        self.cache_events = cache_events or EventLog(uuid.uuid4().hex)
+        self.cache_events.add(replica, DEVICE, self._follow_device, info.page_size)
         self.failure: BaseException | None = None
         """Why the loop died; every request under way was given FinishReason.ERROR."""
         self._scheduler = scheduler
@@ -75,6 +104,9 @@ class Engine:
         self._in_flight: Pending | None = None
         self._clients: dict[str, _Client] = {}
         self._request_times = RequestTimes()
+        self._prefill, self.page_form = prefill, page_form
+        self._pins = homes(scheduler.prefixes)
+        self._retained = RetainedPages(self._pins.retained, info.page_size)
         self._undelivered: list[Output] = []
         """What sinks have yet to be given, in the order in which it came about."""
         self._delivering = False
@@ -88,6 +120,8 @@ class Engine:
 
     def start(self) -> None:
         self._runner.start(self.wake)
+        if self._prefill is not None:
+            self._prefill.start(self.wake)
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,14 +133,22 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        if self._prefill is not None:
+            self._prefill.close()
         self._runner.close(TIERS_GRACE_S)
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+    def submit(self, request: GenerateRequest, sink: Sink, sending: Sending | None = None) -> None:
         """Queues a request; `sink` gets each Output on the engine's thread, the last with a reason.
+        `sending` is given its prompt's pages as they are computed.
 
         Raises InvalidRequest, DuplicateRequest, Overloaded or Unavailable; then sink is never
         called.
         """
+        if self.page_form is not None and sending is None:
+            raise Unavailable(
+                "this engine computes prompts for others (split.role is prefill); send the request "
+                "to one that decodes"
+            )
         vocab = self.info.vocab_size
         wrong = [i for i in request.prompt_ids if not 0 <= i < vocab]
         if wrong:
@@ -114,6 +156,11 @@ class Engine:
                 f"prompt token id {wrong[0]} is outside the vocabulary: 0 to {vocab - 1}"
             )
         names = self._scheduler.names_of(request)
+        if request.keep is not None and names is None:
+            raise InvalidRequest(
+                "this server caches no prefixes, so it can keep none; send the request without "
+                "keep, or set cache.prefix_caching = true"
+            )
         with self._changed:
             if self.failure is not None:
                 raise Unavailable(f"the engine has failed: {self.failure}")
@@ -125,7 +172,9 @@ class Engine:
                     f"request {request.request_id!r} is being served; choose another request_id"
                 )
             now_s = self._clock()
-            self._scheduler.add(request, self._seeds.getrandbits(63), now_s, names)
+            self._scheduler.add(request, self._seeds.getrandbits(63), now_s, names, sending)
+            if names is not None:
+                self._retained.submitted(names, request.keep, now_s)
             self._clients[request.request_id] = _Client(sink, RequestClock(now_s))
             self._is_stale = True
             self._changed.notify_all()
@@ -140,6 +189,32 @@ class Engine:
     def tiers(self) -> list[TierReport]:
         """What lies below the devices."""
         return self._runner.tiers()
+
+    def transfers(self) -> list[TransferCounts]:
+        """What came of prompts that other engines may compute; none where there are no others."""
+        return [self._prefill.counts()] if self._prefill is not None else []
+
+    def home(self, context: str) -> "Engine":
+        """The replica that keeps the context of this name, and serves what is asked after it."""
+        return self
+
+    def pin(self, keys: Sequence[Key]) -> None:
+        """Keeps a context's pages, there or yet to be computed (PinsExceedBudget)."""
+        with self._changed:
+            self._pins.contexts.pin(keys)
+            self._is_stale = True
+            self._changed.notify_all()
+
+    def unpin(self, keys: Sequence[Key]) -> None:
+        """Undoes one `pin` of these pages."""
+        with self._changed:
+            self._pins.contexts.unpin(keys)
+
+    def retained(self) -> RetainedCounts:
+        """What requests asked to be kept."""
+        with self._changed:
+            self._retained.expire(self._clock())
+            return self._retained.counts
 
     def flush_cache(self) -> int:
         """Forgets all cached prefixes, the tiers' too; returns how many pages of the devices were
@@ -196,6 +271,8 @@ class Engine:
         step = self._profile.begin()
         with self._changed:
             with step.phase(Phase.SCHEDULE):
+                if self._retained:
+                    self._retained.expire(self._clock())
                 plan = self._scheduler.schedule(self._clock())
             # Before anybody can abort a request: pages that it is to compute have names already.
             packed = self._runner.pack(plan, step)
@@ -215,6 +292,10 @@ class Engine:
         with self._changed:
             self._is_stale = True
             self._changed.notify_all()
+
+    def _follow_device(self, on_change: OnChange) -> None:
+        with self._changed:
+            self._scheduler.tables.pool.index.follow(on_change)
 
     def _wait_for_change(self) -> None:
         """Nothing could be planned though there is work: pages are on their way from a tier."""

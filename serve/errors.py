@@ -16,8 +16,16 @@ class DuplicateRequest(RequestError):
     """A request of this id is being served."""
 
 
+class NotFound(RequestError):
+    """There is no such thing, or none of this tenant."""
+
+
+class Mismatch(RequestError):
+    """Two engines that are to work together serve different things."""
+
+
 class Overloaded(RequestError):
-    """The queue is full; the same request may be served later."""
+    """There is no room now, such as in the queue; the same request may be served later."""
 
 
 class Unavailable(RequestError):

@@ -19,7 +19,7 @@ from model.config import Layer, ModelConfig
 from model.kernel_choice import XLA, Kernels, kernels_for
 from model.partition import Partition, abstract_weights, weight_specs
 from model.step import StepShape
-from serve.config import ConfigError, MeshSection, ServeConfig
+from serve.config import ConfigError, ServeConfig
 from serve.limits import Limits
 from serve.pace import token_cost
 from serve.programs import CacheShape, Programs, step_shapes
@@ -181,12 +181,18 @@ def fit(served: Served, memory_bytes: int) -> Fit:
     return replace(found, num_pages=max(1, min(found.most_pages, useful)))
 
 
-def device_memory_bytes(device: Any, mesh: MeshSection) -> int:
-    """What a program may use of `device`; those of a CPU, of all replicas, share its memory."""
+def num_devices_of(config: ServeConfig) -> int:
+    """Devices that the whole of a configuration takes."""
+    beside = config.split.prefill_mesh(config.mesh)
+    return sum(mesh.data * mesh.stage * mesh.tensor for mesh in (config.mesh, beside) if mesh)
+
+
+def device_memory_bytes(device: Any, num_devices: int) -> int:
+    """What a program may use of `device`; the `num_devices` of a CPU share its memory."""
     stats = device.memory_stats()
     if stats is not None:
         return stats["bytes_limit"]
-    return psutil.virtual_memory().total // (mesh.data * mesh.stage * mesh.tensor)
+    return psutil.virtual_memory().total // num_devices
 
 
 def estimate_activation_bytes(served: Served) -> int:

@@ -9,14 +9,28 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
+from cache.contexts.context import Context, NoSuchContext
+from cache.contexts.registry import Contexts
+from cache.events import EventLog
+from cache.retention import DEFAULT_TTL, InvalidRetention, Retention
 from model.chat import ChatTemplate
 from model.tokenizer import Tokenizer
 from serve.bridge import Bridge, Mailbox
-from serve.errors import InvalidRequest, Overloaded
+from serve.errors import InvalidRequest, NotFound, Overloaded
 from serve.request import GenerateRequest, Load, Output, SamplingParams
 from serve.text_stream import Delta, TextStream
+
+
+@dataclass(frozen=True)
+class Chat:
+    messages: tuple[dict[str, str], ...]
+    """{"role": ..., "content": ...} each."""
+
+
+type Prompt = str | Sequence[int] | Chat
 
 MAX_NAME_LENGTH = 256
 """Characters of a request id, tenant, session id or cache salt: they are keys, kept and logged."""
@@ -54,6 +68,8 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
     @property
     def failure(self) -> BaseException | None: ...
+    @property
+    def cache_events(self) -> EventLog: ...
     def submit(self, request: GenerateRequest, sink: Callable[[Output], None]) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def load(self) -> Load: ...
@@ -69,20 +85,54 @@ class Front:
         engine: Engine,
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
+        contexts: Contexts | None = None,
     ):
+        """Without `contexts` none can be named by a request."""
+        self.contexts = contexts
         self.engine = engine
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self._bridge: Bridge | None = None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a prompt, with the tokenizer's usual first token."""
+    def context(self, tenant: str, name: str) -> Context:
+        """The tenant's context of that name. Raises NotFound."""
+        if self.contexts is None:
+            raise InvalidRequest(
+                f"model {self.engine.info.name} is served without contexts; send the whole prompt, "
+                "or set cache.prefix_caching = true"
+            )
+        check_names(tenant=tenant)
+        try:
+            return self.contexts.get(tenant, name)
+        except NoSuchContext as error:
+            raise NotFound(str(error)) from None
+
+    def encode(self, text: str, after: Context | None = None) -> tuple[int, ...]:
+        """The ids of a prompt, with the tokenizer's usual first token; `after` a context of text or
+        ids, those of both."""
         tokenizer = self._need_tokenizer("a prompt of text")
         with _as_invalid_request():
-            return tuple(tokenizer.encode(text))
+            if after is None:
+                return tuple(tokenizer.encode(text))
+            return self.join(after, tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The ids of a conversation, opened for the assistant's answer."""
+    def join(self, after: Context, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids of a context of text or ids, and what comes after it."""
+        if after.messages:
+            raise InvalidRequest(
+                f"{after.name} is of chat messages, and text or token ids can't go on after it; "
+                "send chat messages"
+            )
+        return (*after.token_ids, *token_ids)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        after: Context | None = None,
+        opened: bool = True,
+    ) -> tuple[int, ...]:
+        """The ids of a conversation, opened for the assistant's answer; `after` a context of chat
+        messages, of all of it."""
         tokenizer = self._need_tokenizer("a prompt of chat messages")
         if self.chat_template is None:
             raise InvalidRequest(
@@ -91,9 +141,27 @@ class Front:
             )
         if not messages:
             raise InvalidRequest("the chat has no messages; send one or more")
+        if after is not None:
+            if not after.messages:
+                raise InvalidRequest(
+                    f"{after.name} is of text or token ids, and chat messages can't go on after "
+                    "it; send text or token ids"
+                )
+            messages = [*after.messages, *messages]
         with _as_invalid_request():
-            text = self.chat_template.render(messages)
+            text = self.chat_template.render(messages, add_generation_prompt=opened)
             return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_prompt(
+        self, prompt: Prompt, after: Context | None = None, opened: bool = True
+    ) -> tuple[int, ...]:
+        """The ids of a prompt, or of a context and what goes on `after` it; a chat `opened` for the
+        assistant's answer."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, after)
+        if isinstance(prompt, Chat):
+            return self.encode_chat(prompt.messages, after, opened)
+        return self.join(after, prompt) if after is not None else tuple(prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -111,19 +179,24 @@ class Front:
         session_id: str = "",
         cache_salt: str = "",
         priority: int = 0,
+        context: Context | None = None,
+        keep: Sequence[tuple[int, str]] = (),
     ) -> GenerateRequest:
-        """A request that fits the model; an empty id makes a new one. Raises InvalidRequest."""
-        names = {
-            "request_id": request_id,
-            "tenant": tenant,
-            "session_id": session_id,
-            "cache_salt": cache_salt,
-        }
-        for name, value in names.items():
-            if len(value) > MAX_NAME_LENGTH:
+        """A request that fits the model; an empty id makes a new one. Raises InvalidRequest.
+
+        With a `context` the prompt is token ids that begin with its own. `keep` has positions, 0
+        for the prompt's end, and "5m" or "1h".
+        """
+        check_names(
+            request_id=request_id, tenant=tenant, session_id=session_id, cache_salt=cache_salt
+        )
+        if context is not None:
+            if cache_salt not in ("", context.cache_salt):
                 raise InvalidRequest(
-                    f"{name} has {len(value)} characters; at most {MAX_NAME_LENGTH} are allowed"
+                    f"cache_salt is not that of {context.name}; leave it out, and the request has "
+                    "the context's"
                 )
+            cache_salt = context.cache_salt
         sampling = sampling or SamplingParams()
         if sampling.stop:
             self._need_tokenizer("stop strings", "use stop_token_ids")
@@ -131,7 +204,7 @@ class Front:
         if len(prompt) == 0:  # a text, too: its tokens would be the tokenizer's own first one
             raise InvalidRequest("the prompt is empty; send one token or more")
         prompt_ids = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        self._check_prompt(prompt_ids)
+        self.check_prompt(prompt_ids)
         return GenerateRequest(
             request_id or uuid.uuid4().hex,
             prompt_ids,
@@ -140,6 +213,8 @@ class Front:
             session_id,
             cache_salt,
             priority,
+            context.name if context else "",
+            _retention(keep, len(prompt_ids)),
         )
 
     def generate_all(
@@ -228,7 +303,7 @@ class Front:
                 f"ids go from 0 to {size - 1}"
             )
 
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
         context = self.engine.info.max_context
         if len(prompt_ids) >= context:
             raise InvalidRequest(
@@ -236,6 +311,26 @@ class Front:
                 f"{context - 1} and a token of answer; shorten the prompt"
             )
         self._check_ids(prompt_ids, "prompt token id")
+
+
+def check_names(**names: str) -> None:
+    """Refuses a request id, tenant, session id or cache salt that is too long."""
+    for name, value in names.items():
+        if len(value) > MAX_NAME_LENGTH:
+            raise InvalidRequest(
+                f"{name} has {len(value)} characters; at most {MAX_NAME_LENGTH} are allowed"
+            )
+
+
+def _retention(keep: Sequence[tuple[int, str]], num_tokens: int) -> Retention | None:
+    if not keep:
+        return None
+    try:
+        return Retention.parse(
+            [(position or num_tokens, ttl or DEFAULT_TTL) for position, ttl in keep], num_tokens
+        )
+    except InvalidRetention as error:
+        raise InvalidRequest(str(error)) from None
 
 
 @contextmanager

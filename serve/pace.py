@@ -33,6 +33,14 @@ class TokenCost:
     def at(self, position: int) -> float:
         return 1 + sum(cost * min(position, window) for window, cost in self.by_window)
 
+    def of_first(self, num_tokens: int) -> float:
+        """Of computing the first tokens of a sequence."""
+        total = float(num_tokens)
+        for window, cost in self.by_window:
+            growing = min(num_tokens, window)
+            total += cost * (growing * (growing - 1) / 2 + (num_tokens - growing) * growing)
+        return total
+
 
 NO_CONTEXT_COST = TokenCost()
 
@@ -62,8 +70,16 @@ class Pace:
         """By the number of rows, in powers of two: seconds of a token of each."""
         self._costs: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)
         """Of steps with prompt: the prompt's cost, and the seconds that a unit of it added."""
+        self._alone_s: deque[float] = deque(maxlen=NUM_KEPT)
+        """Of steps with nothing but prompt: the seconds of a unit of cost."""
         self._probed: set[int] = set()
         self._num_until_probe = NUM_UNTIL_PROBE
+
+    @property
+    def unit_s(self) -> float:
+        """Seconds that a unit of prompt's cost takes; 0 until it was seen."""
+        seen = self._alone_s or [unit_s for _, unit_s in self._costs]
+        return max(0.0, median(seen)) if seen else 0.0
 
     def allowed(self, num_decode: int, least: float) -> float:
         """The cost of prompt that a step may have beside `num_decode` rows, `least` or more.
@@ -88,6 +104,8 @@ class Pace:
     def observe(self, num_decode: int, num_tokens: int, cost: float, seconds: float) -> None:
         """A step took `seconds`: `num_decode` rows by `num_tokens` each, and prompt of `cost`."""
         if not num_decode:
+            if cost:
+                self._alone_s.append(seconds / cost)
             return
         size = num_decode.bit_length()
         if not cost:

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.lax import bitcast_convert_type
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from cache.pages import NULL_PAGE
@@ -29,8 +30,6 @@ FORM = 1
 """Of images; another when what is said above is."""
 BATCHES = (4, 32)
 """Pages that a program moves: few beside a step, more where there are more."""
-MOVED = PartitionSpec(None, STAGE, None, None, TENSOR)
-"""How pages on their way lie: [places of a stage, stages, N, tokens, kv heads, ...]."""
 
 Image = NDArray[np.uint8]
 
@@ -44,10 +43,16 @@ class _Part:
     shape: tuple[int, ...]
     """[layers, tokens, kv heads, ...] of one page."""
     dtype: np.dtype[Any]
+    """Of the pages."""
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def bits(self) -> np.dtype[Any]:
+        """Unsigned integers of its width."""
+        return np.dtype(f"u{self.dtype.itemsize}")
 
 
 def page_fingerprint(weights: bytes, programs: Programs) -> bytes:
@@ -65,8 +70,20 @@ def page_fingerprint(weights: bytes, programs: Programs) -> bytes:
     return blake2b(repr(meant).encode(), digest_size=16).digest()
 
 
+class DevicePage(NamedTuple):
+    """An image that never left devices: one page of those in whole arrays (`PageImages`)."""
+
+    arrays: list[jax.Array]
+    place: int
+
+
 class PageImages:
-    """Reads and writes pages of a state that `Programs.new_state` made."""
+    """Reads and writes pages of a state that `Programs.new_state` made.
+
+    Between mesh and image pages are whole: [layers, N, tokens, kv heads, ...], layers and heads as
+    the checkpoint has them, cut where the mesh divides them. They are bits: XLA may gather them by
+    adding zeros, which would lose the smallest floats.
+    """
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
@@ -75,54 +92,64 @@ class PageImages:
     def image_bytes(self) -> int:
         return sum(part.num_bytes for part in self._parts)
 
-    def read(self, state: State, pages: Sequence[int]) -> "Reading":
-        """Starts to read `pages` as they are after the steps submitted so far."""
+    def read(
+        self, state: State, pages: Sequence[int], destination: "PageImages | None" = None
+    ) -> "Reading":
+        """Starts to read `pages` as they are after the steps submitted so far, to the host or to
+        the devices of `destination`, which serves the same model."""
         batches: list[tuple[int, list[jax.Array]]] = []
         for some in _batches(pages):
             arrays = self._read_program(state.pages, _padded(some))
-            for array in arrays:
-                array.copy_to_host_async()
+            if destination is not None:
+                # From mesh to mesh, each cut as it needs to be.
+                arrays = jax.device_put(arrays, destination._whole)
+            else:
+                for array in arrays:
+                    array.copy_to_host_async()
             batches.append((len(some), arrays))
-        return Reading(self, batches)
+        return Reading(self, batches, destination is not None)
 
-    def write(self, state: State, pages: Sequence[int], images: Sequence[Image]) -> State:
+    def write(
+        self, state: State, pages: Sequence[int], images: Sequence[Image | DevicePage]
+    ) -> State:
         """The state, donated, in which `pages` are those of `images`."""
-        at = 0
-        for some in _batches(pages):
-            arrays = self._to_device_form(images[at : at + len(some)], len(_padded(some)))
-            at += len(some)
-            state = self._write_program(state, _padded(some), arrays)
+        here: list[tuple[int, Image]] = []
+        moved: dict[int, tuple[list[jax.Array], dict[int, int]]] = {}
+        for page, image in zip(pages, images, strict=True):
+            if isinstance(image, DevicePage):
+                _, places = moved.setdefault(id(image.arrays), (image.arrays, {}))
+                places[image.place] = page
+            else:
+                here.append((page, image))
+        for arrays, places in moved.values():
+            targets = [places.get(place, NULL_PAGE) for place in range(arrays[0].shape[1])]
+            state = self._write_program(state, np.array(targets, np.int32), arrays)
+        for some in _batches(here):
+            targets = _padded([page for page, _ in some])
+            arrays = self._to_whole([image for _, image in some], len(targets))
+            state = self._write_program(state, targets, arrays)
         return state
 
     def to_images(self, arrays: Sequence[NDArray[Any]], num: int) -> list[Image]:
-        """The first `num` pages of arrays [places, stages, N, tokens, kv heads, ...]."""
-        partition = self._programs.partition
-        found: list[NDArray[Any]] = []
-        for array in arrays:
-            # A layer is its stage's times the places of a stage, and its place.
-            layers = array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
-            heads = layers[: partition.config.num_layers, :num, :, :: partition.kv_repeat]
-            by_page = np.ascontiguousarray(heads.swapaxes(0, 1))
-            found.append(by_page.reshape(num, -1).view(np.uint8))
+        """The first `num` pages of whole arrays."""
+        found = [
+            np.ascontiguousarray(array[:, :num].swapaxes(0, 1)).reshape(num, -1).view(np.uint8)
+            for array in arrays
+        ]
         # Each in memory of its own, so that it can be let go alone.
         return [np.concatenate(page) for page in zip(*found, strict=True)]
 
-    def _to_device_form(self, images: Sequence[Image], size: int) -> list[NDArray[Any]]:
+    def _to_whole(self, images: Sequence[Image], size: int) -> list[NDArray[Any]]:
         """The inverse, with nothing in the places of further pages, up to `size`."""
-        partition = self._programs.partition
-        padded_layers = partition.stages * partition.layers_per_stage
-        whole = np.stack(images)
+        both = np.stack(images)
         at = 0
         arrays: list[NDArray[Any]] = []
         for part in self._parts:
-            own = np.ascontiguousarray(whole[:, at : at + part.num_bytes]).view(part.dtype)
+            own = np.ascontiguousarray(both[:, at : at + part.num_bytes]).view(part.bits)
             at += part.num_bytes
-            layers = own.reshape(len(images), *part.shape).swapaxes(0, 1)
-            heads = np.repeat(layers, partition.kv_repeat, axis=3)
-            array = np.zeros((padded_layers, size, *heads.shape[2:]), part.dtype)
-            array[: len(heads), : len(images)] = heads
-            by_stage = array.reshape(partition.stages, partition.layers_per_stage, *array.shape[1:])
-            arrays.append(by_stage.swapaxes(0, 1))
+            array = np.zeros((part.shape[0], size, *part.shape[1:]), part.bits)
+            array[:, : len(images)] = own.reshape(len(images), *part.shape).swapaxes(0, 1)
+            arrays.append(array)
         return arrays
 
     @cached_property
@@ -140,27 +167,62 @@ class PageImages:
         ]
 
     @cached_property
+    def _whole(self) -> list[NamedSharding]:
+        """How whole arrays lie on the mesh, by part."""
+        partition = self._programs.partition
+        layers = None if partition.config.num_layers % partition.stages else STAGE
+        heads = None if partition.config.num_kv_heads % partition.tensor else TENSOR
+        cut = PartitionSpec(layers, None, None, heads)
+        return self._programs.shardings([cut] * len(self._parts))
+
+    @cached_property
     def _read_program(self) -> Any:
+        partition = self._programs.partition
+
+        def whole(places: list[jax.Array]) -> jax.Array:
+            # A layer is its stage's times the places of a stage, and its place.
+            layers = jnp.stack(places, axis=1).reshape(-1, *places[0].shape[1:])
+            L, N, T, _, *rest = layers.shape
+            copies = layers.reshape(L, N, T, -1, partition.kv_repeat, *rest)
+            return copies[: partition.config.num_layers, :, :, :, 0]
+
         def read(layers: list[Pages], page_N: jax.Array) -> list[jax.Array]:
             return [
-                jnp.stack([getattr(pages, part.name)[:, page_N] for pages in layers])
+                whole(
+                    [
+                        bitcast_convert_type(getattr(pages, part.name)[:, page_N], part.bits)
+                        for pages in layers
+                    ]
+                )
                 for part in self._parts
             ]
 
         state = self._programs.shardings(self._programs.argument_cuts()[1])
-        moved = self._programs.shardings([MOVED] * len(self._parts))
-        whole = self._programs.shardings(REPLICATED)
-        return jax.jit(read, in_shardings=(state.pages, whole), out_shardings=moved)
+        numbers = self._programs.shardings(REPLICATED)
+        return jax.jit(read, in_shardings=(state.pages, numbers), out_shardings=self._whole)
 
     @cached_property
     def _write_program(self) -> Any:
+        partition = self._programs.partition
+        stages, places = partition.stages, partition.layers_per_stage
+
+        def by_stage(whole: jax.Array) -> jax.Array:
+            """[stages, places of a stage, N, tokens, kv heads on the mesh, ...]."""
+            heads = jnp.repeat(whole, partition.kv_repeat, axis=3)
+            padding = [(0, stages * places - len(whole)), *[(0, 0)] * (whole.ndim - 1)]
+            return jnp.pad(heads, padding).reshape(stages, places, *heads.shape[1:])
+
         def write(state: State, page_N: jax.Array, arrays: list[jax.Array]) -> State:
+            moved = {
+                part.name: bitcast_convert_type(by_stage(array), part.dtype)
+                for part, array in zip(self._parts, arrays, strict=True)
+            }
             layers = [
                 replace(
                     pages,
                     **{
-                        part.name: getattr(pages, part.name).at[:, page_N].set(array[place])
-                        for part, array in zip(self._parts, arrays, strict=True)
+                        name: getattr(pages, name).at[:, page_N].set(array[:, place])
+                        for name, array in moved.items()
                     },
                 )
                 for place, pages in enumerate(state.pages)
@@ -168,11 +230,10 @@ class PageImages:
             return replace(state, pages=layers)
 
         state = self._programs.shardings(self._programs.argument_cuts()[1])
-        moved = self._programs.shardings([MOVED] * len(self._parts))
-        whole = self._programs.shardings(REPLICATED)
+        numbers = self._programs.shardings(REPLICATED)
         return jax.jit(
             write,
-            in_shardings=(state, whole, moved),
+            in_shardings=(state, numbers, self._whole),
             out_shardings=state,
             donate_argnums=0,
         )
@@ -180,13 +241,19 @@ class PageImages:
 
 @dataclass(frozen=True)
 class Reading:
-    """Pages on their way to the host."""
+    """Pages on their way."""
 
     _images: PageImages
     _batches: list[tuple[int, list[jax.Array]]]
+    _stays_on_devices: bool
 
-    def wait(self) -> list[Image]:
+    def wait(self) -> list[Image] | list[DevicePage]:
         """The images, in the order of the pages; from any thread."""
+        if self._stays_on_devices:
+            jax.block_until_ready([arrays for _, arrays in self._batches])
+            return [
+                DevicePage(arrays, place) for num, arrays in self._batches for place in range(num)
+            ]
         return [
             image
             for num, arrays in self._batches
@@ -194,7 +261,7 @@ class Reading:
         ]
 
 
-def _batches(pages: Sequence[int]) -> Iterator[Sequence[int]]:
+def _batches[T](pages: Sequence[T]) -> Iterator[Sequence[T]]:
     for first in range(0, len(pages), BATCHES[-1]):
         yield pages[first : first + BATCHES[-1]]
 

@@ -4,13 +4,33 @@ It holds no device arrays; everything here is plain Python.
 """
 
 from collections import Counter
-from collections.abc import Buffer
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cache.keys import Key, PageNames
-from cache.tiers.fetch import Fetch
+from cache.transfers.sending import Sending
 from serve.request import GenerateRequest, TokenLogprobs
+
+
+class Incoming(Protocol):
+    """Pages of a sequence on their way, in order (`cache/tiers/fetch.py`, `cache/transfers`)."""
+
+    @property
+    def is_near(self) -> bool:
+        """They come within a few steps, so none is made long meanwhile."""
+        ...
+
+    def done(self) -> bool: ...
+
+    def take(self, most: int) -> list[tuple[Key, Any]]:
+        """Pages that have arrived; fewer than `most`, once it is `done`, are the last."""
+        ...
+
+    def tier_of(self, key: Key) -> str | None:
+        """Where the page was kept; None where it was computed for this sequence."""
+        ...
+
+    def cancel(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -39,8 +59,14 @@ class Sequence:
     """Tokens of the prompt that were found in the cache."""
     fetched: Counter[str] = field(default_factory=Counter[str])
     """Those of them that came up from a tier, by its name."""
-    fetch: Fetch | None = None
-    """Pages of its prompt on their way up from a tier; it computes nothing meanwhile."""
+    num_sent: int = 0
+    """Tokens of the prompt that another engine computed for it."""
+    fetch: Incoming | None = None
+    """Pages of its prompt on their way; it computes nothing meanwhile."""
+    has_asked: bool = False
+    """Whether another engine was asked to compute its prompt, since it was admitted."""
+    sending: Sending | None = None
+    """Who waits for its prompt's pages elsewhere."""
     slot: int | None = None
     """Its row in page tables and device state while it runs."""
     num_computed: int = 0
@@ -117,6 +143,15 @@ class Row(NamedTuple):
     """The prompt's token after each of `token_ids`, when the request wants prompt logprobs."""
 
 
+class Send(NamedTuple):
+    """A page to read for an engine that waits for it."""
+
+    sending: Sending
+    number: int
+    """Of its prompt's pages."""
+    page: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Rows that advance together in one call of the device."""
@@ -129,8 +164,10 @@ class StepPlan:
     """Sequences whose slot is new to them: the device must learn their parameters."""
     saves: list[tuple[Key, int]] = field(default_factory=list[tuple[Key, int]])
     """Pages to read for the tiers before anything is written."""
-    landings: list[tuple[int, Buffer]] = field(default_factory=list[tuple[int, Buffer]])
-    """Images that came from the tiers, and the pages to write them to, before the step."""
+    sends: list[Send] = field(default_factory=list[Send])
+    """The same for other engines."""
+    landings: list[tuple[int, Any]] = field(default_factory=list[tuple[int, Any]])
+    """Images that came from tiers or engines, and the pages to write them to, before the step."""
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Pages to copy before the step: source and target."""
     prompt_cost: float = 0.0
@@ -143,7 +180,7 @@ class StepPlan:
 
     @property
     def moves_pages(self) -> bool:
-        return bool(self.saves or self.landings or self.copies)
+        return bool(self.saves or self.sends or self.landings or self.copies)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.chunks or self.admitted or self.moves_pages)

@@ -6,15 +6,15 @@ when (`serve/scheduler.py`).
 """
 
 from bisect import bisect_left
-from collections.abc import Buffer
 from collections.abc import Sequence as ListLike
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache.keys import Key, block_of
+from cache.pins import PinnedPages
 from cache.prefix_index import ROOT
 from cache.tables import PageTables
 from cache.tiers.fetch import Fetch
-from serve.plan import Sequence
+from serve.plan import Incoming, Sequence
 
 MOST_LANDED = 32
 """Pages of a sequence that a step writes: others' rows wait for it."""
@@ -31,7 +31,19 @@ class Tiers(Protocol):
         """Pages that the next step may save."""
         ...
 
-    def holds(self, key: Key) -> bool: ...
+    def holds(self, key: Key) -> bool:
+        """Whether they need not be given the page."""
+        ...
+
+    def budgets(self) -> dict[str, int]:
+        """Pages that each tier has room for, nearest first."""
+        ...
+
+    def pin(self, tier: str, keys: ListLike[Key]) -> list[Key]:
+        """Keeps pages, there or yet to come; returns those that it lacks (PinsExceedBudget)."""
+        ...
+
+    def unpin(self, tier: str, keys: ListLike[Key]) -> None: ...
 
     def use(self, keys: ListLike[Key]) -> None:
         """A sequence's pages, given from its start, were found on the device."""
@@ -44,10 +56,27 @@ class Tiers(Protocol):
     def observe_prefill(self, cost: float, seconds: float) -> None: ...
 
 
-class Prefixes:
-    """A pool's index, and the tiers below, as the sequences of one scheduler use them."""
+class Prefiller(Protocol):
+    """Engines that compute prompts for this one (`serve/prefill`)."""
 
-    def __init__(self, tables: PageTables, tiers: Tiers | None = None) -> None:
+    def prefill(self, sequence: Sequence, first: int, last: int) -> Incoming | None:
+        """Asks for the full pages `first` to `last - 1` of a sequence; None if they had better be
+        computed here."""
+        ...
+
+
+class Prefixes:
+    """A pool's index, and what else has pages, as the sequences of one scheduler use them."""
+
+    def __init__(
+        self,
+        tables: PageTables,
+        tiers: Tiers | None = None,
+        prefiller: Prefiller | None = None,
+    ) -> None:
+        # So many are left that the longest request still has its pages.
+        self.pinned = PinnedPages(tables.pool, tables.pool.num_usable - tables.width)
+        """Pages of the device that are kept for others than requests."""
         self.num_asked = 0
         """Tokens of prompts that were admitted."""
         self.num_found = 0
@@ -55,12 +84,16 @@ class Prefixes:
         self._tables = tables
         self._pool = tables.pool
         self._index = tables.pool.index
-        self._tiers = tiers
+        self._tiers, self._prefiller = tiers, prefiller
         self._unsaved: dict[Key, int] = {}
         """Pages that the tiers have not been given yet, in the order in which they were named."""
         self._copied: list[int] = []
         """Pages that the step being planned copies: they have an owner meanwhile, so that it gives
         them to nobody who would write them before."""
+
+    @property
+    def tiers(self) -> Tiers | None:
+        return self._tiers
 
     @property
     def has_unsaved(self) -> bool:
@@ -83,9 +116,17 @@ class Prefixes:
                 saves.append((key, page))
         return saves
 
+    def save(self, keys: ListLike[Key]) -> None:
+        """Gives the tiers those of the pages that are here, of a sequence from its start on."""
+        for key in keys:
+            page = self._index.page_of(key)
+            if page is not None:
+                self._unsaved[key] = page
+
     def flush(self) -> int:
         """Forgets all prefixes of the device; returns how many pages were kept for them alone."""
         self._unsaved.clear()
+        self.pinned.let_go()
         return self._pool.flush()
 
     def end_plan(self) -> None:
@@ -132,21 +173,21 @@ class Prefixes:
             if self._tiers is not None:
                 self._tiers.use(found)
         self._tables.grow(row, len(sequence.tokens) + 1)
-        self._fetch(sequence)
+        sequence.has_asked = False
+        sequence.fetch = self._from_tiers(sequence) or self._from_prefiller(sequence)
         copies = [] if sequence.fetch else self._copy_start(sequence, row)
         if not sequence.num_preemptions:
             self.num_asked += sequence.num_prompt
         self._count(sequence, sequence.num_computed)
         return copies
 
-    def land(self, sequence: Sequence) -> list[tuple[int, Buffer]]:
-        """Takes what has arrived from the tiers: the pages to write, and the images."""
+    def land(self, sequence: Sequence) -> list[tuple[int, Any]]:
+        """Takes what has arrived of its pages: those to write, and the images."""
         fetch, row = sequence.fetch, sequence.slot
         assert fetch is not None, "it waits for pages"
         assert row is not None, "which have a place"
         is_done = fetch.done()
-        before = sequence.num_computed
-        landings: list[tuple[int, Buffer]] = []
+        landings: list[tuple[int, Any]] = []
         taken = fetch.take(MOST_LANDED)
         for key, image in taken:
             number = sequence.num_named
@@ -156,11 +197,9 @@ class Prefixes:
             # Others may have computed it meanwhile.
             if self._tables.pages(row)[number] == page:
                 landings.append((page, image))
-            if not sequence.num_preemptions:
-                sequence.fetched[fetch.tier_of(key)] += self._pool.page_size
+            self._count_landed(sequence, fetch.tier_of(key))
         if is_done and len(taken) < MOST_LANDED:
-            sequence.fetch = None
-        self._count(sequence, sequence.num_computed - before)
+            sequence.fetch = self._from_prefiller(sequence)
         return landings
 
     def catch_up(self, sequence: Sequence) -> None:
@@ -194,6 +233,8 @@ class Prefixes:
                 self._tables.replace(row, number, named)
             elif self._tiers is not None:
                 self._unsaved[names.keys[number]] = page
+            if self.pinned:
+                self.pinned.named(names.keys[number])
         sequence.num_named = full
 
     def name_computed(self, sequence: Sequence) -> None:
@@ -217,14 +258,28 @@ class Prefixes:
             block = block_of(sequence.tokens[num_tokens - rest : num_tokens])
             self._index.add_end(names, number, pages[number], parent, block)
 
-    def _fetch(self, sequence: Sequence) -> None:
+    def _from_tiers(self, sequence: Sequence) -> Incoming | None:
         """Asks the tiers for what comes after the pages that are here."""
         names, number = sequence.names, sequence.num_named
-        if self._tiers is None or names is None or sequence.needs_all_computed:
-            return
-        most = (len(sequence.tokens) - 1) // self._pool.page_size
-        if number < most:
-            sequence.fetch = self._tiers.fetch(names.keys[number:most], number)
+        last = self._last_page(sequence)
+        if self._tiers is None or names is None or number >= last:
+            return None
+        return self._tiers.fetch(names.keys[number:last], number)
+
+    def _from_prefiller(self, sequence: Sequence) -> Incoming | None:
+        """Asks another engine, once, to compute what comes after the pages that are here."""
+        number, last = sequence.num_named, self._last_page(sequence)
+        if self._prefiller is None or sequence.has_asked or number >= last:
+            return None
+        sequence.has_asked = True
+        return self._prefiller.prefill(sequence, number, last)
+
+    def _last_page(self, sequence: Sequence) -> int:
+        """Full pages that may come from elsewhere: one token is left to compute, as what it gives
+        is the next."""
+        if sequence.names is None or sequence.needs_all_computed:
+            return 0
+        return (len(sequence.tokens) - 1) // self._pool.page_size
 
     def _copy_start(self, sequence: Sequence, row: int) -> list[tuple[int, int]]:
         """Of the page after the cached ones, what another page begins with."""
@@ -240,6 +295,18 @@ class Prefixes:
         self._copied.append(found.page)
         sequence.num_computed += found.num_shared
         return [(found.page, self._tables.pages(row)[number])]
+
+    def _count_landed(self, sequence: Sequence, tier: str | None) -> None:
+        """Counts a page that came from a tier, or from who computed it for this sequence."""
+        size = self._pool.page_size
+        if tier is not None:
+            self._count(sequence, size)
+        if sequence.num_preemptions:
+            return
+        if tier is not None:
+            sequence.fetched[tier] += size
+        else:
+            sequence.num_sent += size
 
     def _count(self, sequence: Sequence, num_tokens: int) -> None:
         if sequence.num_preemptions:

@@ -7,10 +7,16 @@ know other machines (that is the router's).
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from zlib import crc32
 
+from cache.events import EventLog
 from cache.tiers.counts import TierReport
+from cache.tiers.record import RecordFormat
+from cache.transfers.counts import TransferCounts
+from cache.transfers.sending import Sending
 from serve.engine import Engine, ModelInfo, Sink
 from serve.errors import DuplicateRequest
+from serve.pins import RetainedCounts
 from serve.profile import Profile
 from serve.request import GenerateRequest, Load, Output
 from serve.telemetry import Series, add_up
@@ -32,10 +38,20 @@ class Replicas:
         )
 
     @property
+    def page_form(self) -> RecordFormat | None:
+        """Of the pages that they compute for others."""
+        return self._engines[0].page_form
+
+    def wake(self) -> None:
+        """Something that a request waits for is there."""
+        for engine in self._engines:
+            engine.wake()
+
+    @property
     def failure(self) -> BaseException | None:
         return next((e.failure for e in self._engines if e.failure is not None), None)
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+    def submit(self, request: GenerateRequest, sink: Sink, sending: Sending | None = None) -> None:
         def forget_when_done(output: Output) -> None:
             if output.finish_reason is not None:
                 with self._lock:
@@ -49,8 +65,14 @@ class Replicas:
                 )
             alive = [engine for engine in self._engines if engine.failure is None]
             home = min(alive or self._engines, key=_num_requests)
-            home.submit(request, forget_when_done)
+            if request.context and self.home(request.context) in alive:
+                home = self.home(request.context)
+            home.submit(request, forget_when_done, sending)
             self._homes[request.request_id] = home
+
+    def home(self, context: str) -> Engine:
+        """The replica that keeps the context of this name."""
+        return self._engines[crc32(context.encode()) % len(self._engines)]
 
     def abort(self, request_id: str) -> None:
         with self._lock:
@@ -79,6 +101,20 @@ class Replicas:
     def tiers(self) -> list[TierReport]:
         """Each replica's, one after the other."""
         return [report for engine in self._engines for report in engine.tiers()]
+
+    @property
+    def cache_events(self) -> EventLog:
+        """Of all of them."""
+        return self._engines[0].cache_events
+
+    def retained(self) -> RetainedCounts:
+        """The sum over replicas."""
+        counts = [engine.retained() for engine in self._engines]
+        return RetainedCounts(*map(sum, zip(*counts, strict=True)))
+
+    def transfers(self) -> list[TransferCounts]:
+        """Each replica's."""
+        return [counts for engine in self._engines for counts in engine.transfers()]
 
     def flush_cache(self) -> int:
         return sum(engine.flush_cache() for engine in self._engines)

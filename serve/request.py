@@ -7,8 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from serve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from cache.retention import Retention  # the client, which knows no cache, imports this module
 
 MAX_STOP_IDS = 16
 """End ids of one request: they are arrays of this width inside the jitted step."""
@@ -128,6 +132,10 @@ class GenerateRequest:
     session_id: str = ""
     cache_salt: str = ""
     priority: int = 0
+    context: str = ""
+    """The name of the context that the prompt begins with."""
+    keep: "Retention | None" = None
+    """What of the prompt will be asked for again."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,10 @@ class Usage:
     """Of the prompt, those whose keys and values were found."""
     fetched_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     """Of these, those that came up from a tier below the device, by its name."""
+    prefilled_tokens: int = 0
+    """Of the prompt, those whose keys and values another engine sent (`serve/prefill`)."""
+    saved_s: float = 0.0
+    """What computing the cached tokens would have taken, by what prompts were seen to take."""
 
 
 @dataclass(frozen=True)

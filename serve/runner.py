@@ -14,7 +14,8 @@ from collections.abc import Sequence as ListLike
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 
 from cache.pages import NULL_PAGE
 from cache.tiers.counts import TierReport
+from cache.transfers.sending import Sending
 from model.kernel_choice import fallbacks, note_fallback
 from model.sampling import History, Logprobs
 from model.step import State, StepOutput, StepShape
 from serve.packing import SAMPLING_WIDTH, padding_row, sampling_row
-from serve.plan import Sequence, StepPlan
+from serve.page_mover import PageMover
+from serve.plan import Send, Sequence, StepPlan
 from serve.profile import Kind, Phase, Step, Work
 from serve.program_cache import CompiledStep, ProgramCache, jax_cache_off
 from serve.programs import Programs, activation_bytes, step_shapes
@@ -52,11 +55,19 @@ class Runner:
         weights: Any,
         tables: NDArray[np.int32],
         kept: ProgramCache | None = None,
+        mover: PageMover | None = None,
         traffic: TierTraffic | None = None,
+        prefills_only: bool = False,
     ) -> None:
-        """`tables` are the scheduler's page tables: read at each `pack`, a row per slot."""
+        """`tables` are the scheduler's page tables: read at each `pack`, a row per slot. `mover` is
+        there where pages leave the devices or come to them, `traffic` where that is to tiers. Who
+        `prefills_only` decodes nothing."""
         self.programs = programs
-        self.shapes = step_shapes(programs.limits, programs.partition.stages)
+        self.shapes = [
+            shape
+            for shape in step_shapes(programs.limits, programs.partition.stages)
+            if not (prefills_only and shape.num_decode)
+        ]
         self.num_compiled_late = 0
         """Programs compiled after `compile_all`: each is a step that waited."""
         self._weights = jax.tree.leaves(weights)
@@ -65,7 +76,7 @@ class Runner:
         self._copies_ahead = programs.mesh.devices.flat[0].platform != "cpu"
         self._compiled: dict[StepShape, Any] = {}
         self._kept = kept
-        self._traffic = traffic
+        self._mover, self._traffic = mover, traffic
         self._tracing = threading.Lock()
         self._is_warm = False
         self._tables = tables
@@ -95,7 +106,9 @@ class Runner:
                 self._begin_history(sequence)
             if self._traffic is not None:
                 self._traffic.save(self._state, plan.saves)
-                self._state = self._traffic.land(self._state, plan.landings)
+            if self._mover is not None:
+                self._send(self._mover, plan.sends)
+                self._state = self._mover.land(self._state, plan.landings)
             if plan.copies:
                 self._copy(plan.copies)
 
@@ -112,6 +125,13 @@ class Runner:
                 output.tokens.copy_to_host_async()
         step.dispatched(_work(plan, shape), output.tokens.is_ready)
         return Pending(plan, shape, self.programs.partition.stages, output, step)
+
+    def _send(self, mover: PageMover, sends: ListLike[Send]) -> None:
+        """Starts to read the pages for the engines that wait for them, each one's together."""
+        for sending, some in groupby(sends, lambda send: send.sending):
+            numbers, pages = zip(*((send.number, send.page) for send in some), strict=True)
+            then = partial(_deliver, sending, numbers)
+            mover.read(self._state, pages, then, mover.destination)
 
     def compile_all(
         self, progress: Callable[[str, int, int], None] = lambda name, done, kept: None
@@ -139,8 +159,9 @@ class Runner:
                 pool.shutdown(cancel_futures=True)
         self._set_history(self.programs.limits.max_batch, [], [])
         self._copy([(NULL_PAGE, NULL_PAGE)])
+        if self._mover is not None:
+            self._state = self._mover.compile_all(self._state)
         if self._traffic is not None:
-            self._state = self._traffic.compile_all(self._state)
             self._time_prefill(self._traffic)
         self._is_warm = True
 
@@ -173,6 +194,8 @@ class Runner:
 
     def close(self, grace_s: float) -> None:
         """Lets the tiers keep what is on its way to them, for up to `grace_s`."""
+        if self._mover is not None:
+            self._mover.close()
         if self._traffic is not None:
             self._traffic.close(grace_s)
 
@@ -341,6 +364,13 @@ class Pending:
     def _prompt_logprobs(self) -> Logprobs:
         """[M, R, T] of the prefill rows."""
         return jax.tree.map(np.asarray, self.output.prompt_logprobs)
+
+
+def _deliver(sending: Sending, numbers: ListLike[int], images: ListLike[Any]) -> None:
+    if len(images) < len(numbers):
+        sending.lose()
+    for number, image in zip(numbers, images, strict=False):
+        sending.deliver(number, image)
 
 
 def _by_row(array: jax.Array) -> np.ndarray:

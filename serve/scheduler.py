@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from cache.keys import PageNames, root_key
 from cache.tables import PageTables
+from cache.transfers.sending import Sending
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
 from serve.limits import Limits
 from serve.pace import Pace
 from serve.plan import Row, Sequence, StepPlan
-from serve.prefixes import Prefixes, Tiers
+from serve.prefixes import Prefiller, Prefixes, Tiers
 from serve.request import (
     MAX_STOP_IDS,
     FinishReason,
@@ -25,6 +26,7 @@ from serve.request import (
     TokenLogprobs,
     Usage,
 )
+from serve.sends import Sends
 from serve.waiting import WaitingQueue, precedence
 
 
@@ -46,6 +48,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         prefix_caching: bool = True,
         tiers: Tiers | None = None,
+        prefiller: Prefiller | None = None,
     ) -> None:
         self.limits = limits
         self.prefix_caching = prefix_caching
@@ -54,7 +57,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of precedence: the last is the first to be preempted."""
         self.num_preemptions = 0
-        self.prefixes = Prefixes(tables, tiers)
+        self.prefixes = Prefixes(tables, tiers, prefiller)
+        self.sends = Sends(tables)
         self._waiting = WaitingQueue()
         self._by_id: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
@@ -69,7 +73,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id) or self.prefixes.has_unsaved
+        return bool(self._by_id) or self.prefixes.has_unsaved or self.sends.has_work
 
     def add(
         self,
@@ -77,9 +81,10 @@ class Scheduler:
         seed: int,
         now_s: float,
         names: PageNames | None = None,
+        sending: Sending | None = None,
     ) -> None:
         """Queues a request; `seed` serves where it names none. With the `names` of its pages it
-        shares them with others.
+        shares them with others; `sending` is given its prompt's pages as they are computed.
 
         Raises DuplicateRequest, Overloaded, or InvalidRequest when it could never be served.
         """
@@ -113,6 +118,7 @@ class Scheduler:
             tokens=list(request.prompt_ids),
             num_prompt=len(request.prompt_ids),
             names=names,
+            sending=sending,
         )
         self._by_id[request.request_id] = sequence
         self._waiting.push(sequence)
@@ -157,14 +163,22 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """The next step: every decodable row, then prefill as far as budget and pace allow."""
-        saves = self.prefixes.begin_plan()
+        saves, sends = self.prefixes.begin_plan(), self.sends.begin_plan(self.running)
+        # Before it is known how long the step is: whose last page lands may have a row in it.
+        landings = [one for sequence in self._fetching for one in self.prefixes.land(sequence)]
         decode, num_tokens = self._plan_decode()
-        plan = StepPlan(decode, num_tokens=num_tokens, saves=saves, planned_s=now_s)
-        for sequence in self._fetching:
-            plan.landings.extend(self.prefixes.land(sequence))
+        plan = StepPlan(
+            decode,
+            num_tokens=num_tokens,
+            saves=saves,
+            sends=sends,
+            landings=landings,
+            planned_s=now_s,
+        )
         if self._waiting or self._first_prefilling():
             plan = self._with_prefill(plan)
         self.prefixes.end_plan()
+        self.sends.end_plan()
         return plan
 
     def _with_prefill(self, plan: StepPlan) -> StepPlan:
@@ -223,7 +237,7 @@ class Scheduler:
         """How far decode rows go in one call: far when nobody waits and pages suffice, else one."""
         if self.limits.max_steps == 1 or self._waiting.first or self._first_prefilling():
             return 1
-        if self._fetching:
+        if any(sequence.fetch.is_near for sequence in self._fetching if sequence.fetch):
             return 1
         decodable = [s for s in self.running if s.remaining > 0]
         steps = max((min(self.limits.max_steps, s.remaining) for s in decodable), default=1)
@@ -343,7 +357,8 @@ class Scheduler:
         seconds = now_s - max(self._committed_s, plan.planned_s)
         self._committed_s = now_s
         # A loop ends with the last of its rows.
-        if num_tokens := max((len(output.token_ids) for output in outputs), default=0):
+        num_tokens = max((len(output.token_ids) for output in outputs), default=0)
+        if num_tokens or not plan.decode:
             self._pace.observe(len(plan.decode), num_tokens, plan.prompt_cost, seconds)
         self.prefixes.observe(plan.prompt_cost, seconds)
         return outputs
@@ -407,6 +422,8 @@ class Scheduler:
                 len(sequence.tokens) - sequence.num_prompt,
                 sequence.num_cached,
                 dict(sequence.fetched),
+                sequence.num_sent,
+                self._pace.unit_s * self.limits.token_cost.of_first(sequence.num_cached),
             ),
             timings=Timings(
                 scheduled_s - sequence.arrival_s,
@@ -419,6 +436,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Takes a running sequence's pages and slot back."""
         assert sequence.slot is not None, "only a running sequence leaves"
+        self.sends.leave(sequence)
         self.tables.free(sequence.slot)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
@@ -431,5 +449,5 @@ class Scheduler:
 
     @property
     def _fetching(self) -> list[Sequence]:
-        """Those that wait for pages from the tiers."""
+        """Those that wait for pages from tiers or other engines."""
         return [s for s in self.running if s.fetch is not None]

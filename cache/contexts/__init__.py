@@ -7,6 +7,7 @@
     contexts.list(tenant, limit, page_token)
     contexts.update(tenant, name, token_ids, ttl_s=600.0)   what it was, and what it is now
     contexts.delete(tenant, name)                           what it was
+    contexts.let_go(context)                                whether it was still there
     contexts.expire()                                       those whose time is over, each once
     contexts.all()                                          also those that a restart found again
     contexts.skipped                                        files that were not read, by reason

@@ -36,6 +36,10 @@ class NotSaved(ContextError):
     """The directory of contexts could not be written."""
 
 
+type Messages = tuple[dict[str, str], ...]
+"""Of a chat: {"role": ..., "content": ...} each."""
+
+
 @dataclass(frozen=True)
 class Context:
     """A prompt with a name. Times are seconds since 1970."""
@@ -51,6 +55,8 @@ class Context:
     token_ids: array[int] = field(repr=False)
     keys: tuple[Key, ...] = field(repr=False)
     """The names of its full pages."""
+    messages: Messages = field(default=(), repr=False)
+    """What the token ids were made of, if that is a chat."""
 
     @property
     def num_tokens(self) -> int:

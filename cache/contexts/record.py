@@ -15,7 +15,7 @@ from cache.tiers.counts import Miss
 from cache.tiers.record import FINGERPRINT_BYTES
 
 MAGIC = b"weftctxt"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<8sI16sII")
 """Magic, version, fingerprint, bytes of the description, token ids."""
 _CHECKSUM = struct.Struct("<I")
@@ -70,4 +70,5 @@ class RecordFormat:
             return Miss.OTHER_KEY
         token_ids = array(TOKEN, body[num_described:])
         keys = page_keys(described["tenant"], described["cache_salt"], token_ids, self.page_size)
+        described["messages"] = tuple(described["messages"])
         return Context(**described, token_ids=token_ids, keys=keys)

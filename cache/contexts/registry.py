@@ -4,6 +4,7 @@ It does not know where their pages lie, or that requests use them.
 """
 
 import time
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from cache.contexts.context import (
     ContextLimits,
     InvalidContext,
     Listing,
+    Messages,
     NoSuchContext,
     TooManyContexts,
     page_keys,
@@ -32,8 +34,6 @@ ID_BITS = 96
 
 
 class Change(NamedTuple):
-    """The keys of `after` begin with those of `before`."""
-
     before: Context
     after: Context
 
@@ -87,6 +87,11 @@ class Contexts:
         return len(self._entries)
 
     @property
+    def num_tokens(self) -> int:
+        """Of all contexts."""
+        return sum(context.num_tokens for context in self.all())
+
+    @property
     def skipped(self) -> Counter[Miss]:
         """Files that the start found and did not read."""
         return self._folder.skipped if self._folder else Counter()
@@ -96,12 +101,17 @@ class Contexts:
         tenant: str,
         token_ids: Sequence[int],
         *,
+        name: str = "",
+        messages: Messages = (),
         cache_salt: str = "",
         display_name: str = "",
         ttl_s: float | None = None,
         expire_time: float | None = None,
     ) -> Context:
-        """Raises InvalidContext, TooManyContexts and NotSaved."""
+        """`name` is one that `new_name` gave, if that has been asked.
+
+        Raises InvalidContext, TooManyContexts and NotSaved.
+        """
         if not len(token_ids):
             raise InvalidContext("the context is empty; send one token or more")
         self.limits.check_display_name(display_name)
@@ -112,7 +122,7 @@ class Contexts:
             expire_time = self.limits.expire_time(ttl_s, expire_time, wall_s)
             self._check_room(tenant)
             context = Context(
-                name=self._new_name(),
+                name=name or self.new_name(),
                 tenant=tenant,
                 cache_salt=cache_salt,
                 display_name=display_name,
@@ -121,6 +131,7 @@ class Contexts:
                 expire_time=expire_time,
                 token_ids=tokens,
                 keys=keys,
+                messages=messages,
             )
             self._save(context)
             self._add(_Entry(context, now_s + (expire_time - wall_s)))
@@ -130,16 +141,23 @@ class Contexts:
         """Raises NoSuchContext."""
         return self._entry(tenant, name, self._clock()).context
 
+    def check_end(self, ttl_s: float | None, expire_time: float | None) -> None:
+        """Raises InvalidContext for what `update` would refuse."""
+        self.limits.expire_time(ttl_s, expire_time, self._wall_clock())
+
     def update(
         self,
         tenant: str,
         name: str,
         token_ids: Sequence[int] = (),
         *,
+        messages: Messages = (),
         ttl_s: float | None = None,
         expire_time: float | None = None,
     ) -> Change:
         """Appends the token ids, or sets another end, or both.
+
+        With `messages`, which are then the whole chat, the ids are those of all of it.
 
         Raises NoSuchContext, InvalidContext and NotSaved.
         """
@@ -156,11 +174,11 @@ class Contexts:
                     f"the update of {name!r} changes nothing; send token ids, ttl or expire_time"
                 )
             after = replace(before, update_time=wall_s, expire_time=expire_time)
-            if len(token_ids):
+            if messages:
+                after = self._refilled(after, self.limits.checked_tokens(token_ids), messages)
+            elif len(token_ids):
                 more = self.limits.checked_tokens(token_ids, before.num_tokens)
-                tokens = before.token_ids + more
-                keys = page_keys(tenant, before.cache_salt, tokens, self._page_size)
-                after = replace(after, token_ids=tokens, keys=keys)
+                after = self._refilled(after, before.token_ids + more)
             self._save(after)
             self._entries[tenant, name] = _Entry(after, end_s)
             self._ends.set((tenant, name), end_s)
@@ -172,6 +190,16 @@ class Contexts:
             self._entry(tenant, name, self._clock())
             self._ends.remove((tenant, name))
             return self._drop(tenant, name)
+
+    def let_go(self, context: Context) -> bool:
+        """Deletes it also where its time is over; False if it was gone already."""
+        with self._changing:
+            key = context.tenant, context.name
+            if key not in self._entries:
+                return False
+            self._ends.remove(key)
+            self._drop(*key)
+            return True
 
     def expire(self) -> list[Context]:
         """Lets go those whose time is over, and tries again to delete what could not be deleted."""
@@ -227,6 +255,10 @@ class Contexts:
             else:
                 folder.delete(context.name)
 
+    def _refilled(self, context: Context, tokens: array[int], messages: Messages = ()) -> Context:
+        keys = page_keys(context.tenant, context.cache_salt, tokens, self._page_size)
+        return replace(context, token_ids=tokens, keys=keys, messages=messages)
+
     def _check_room(self, tenant: str) -> None:
         limits, num_own = self.limits, len(self._names.get(tenant, ()))
         if num_own >= limits.max_tenant_contexts:
@@ -240,7 +272,8 @@ class Contexts:
                 "when some have expired"
             )
 
-    def _new_name(self) -> str:
+    def new_name(self) -> str:
+        """One that no context has."""
         while True:
             name = f"contexts/{self._random.getrandbits(ID_BITS):0{ID_BITS // 4}x}"
             if name not in self._all_names:  # a simulation's random numbers come again

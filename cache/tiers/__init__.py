@@ -22,6 +22,6 @@ The engine's thread may call all of it under its lock, since nothing waits for a
     tiers.clear(), tiers.close(grace_s)
 
 A tier that fails answers with misses: no exception of a store reaches the caller. What is wrong
-with the arguments does: ValueError, and PinsExceedBudget (ledger.py). It does not know requests,
+with the arguments does: ValueError, and PinsExceedBudget (cache/pins.py). It does not know requests,
 device pages, or how an image is made.
 """

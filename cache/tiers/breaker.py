@@ -25,10 +25,10 @@ class Breaker:
     Any thread may call. `doing` is what fails, for the log.
     """
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, longest_off_s: float = LONGEST_OFF_S) -> None:
         self.reasons: Counter[str] = Counter()
         """Of all failures."""
-        self._doing = doing
+        self._doing, self._longest_off_s = doing, longest_off_s
         self._num_failures = 0
         self._off_until_s = 0.0
         self._lock = Lock()
@@ -47,7 +47,7 @@ class Breaker:
             if not self.is_off(now_s):  # else it was under way when it was switched off
                 self._num_failures += 1
                 doublings = min(max(self._num_failures - FAILURES, 0), 16)
-                self._off_until_s = now_s + min(FIRST_OFF_S * 2**doublings, LONGEST_OFF_S)
+                self._off_until_s = now_s + min(FIRST_OFF_S * 2**doublings, self._longest_off_s)
         if is_new:
             log.warning(
                 "%s failed (%s): pages are computed instead; said once. %s",

@@ -29,6 +29,9 @@ class Fetch:
     The caller's side is `done`, `take` and `cancel`.
     """
 
+    is_near = True
+    """It is given up as soon as computing would be faster."""
+
     def __init__(
         self,
         keys: Sequence[Key],

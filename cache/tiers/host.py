@@ -6,6 +6,7 @@ What it gives up goes to the caller, who may keep it further down. It does not k
 from collections.abc import Buffer, Sequence
 from threading import Lock
 
+from cache.events import OnChange
 from cache.keys import Key
 from cache.tiers.counts import Decisions, TierCounts, TierReport
 from cache.tiers.ledger import Ledger
@@ -82,12 +83,20 @@ class HostTier:
         with self._lock:
             self._ledger.unpin(keys)
 
+    def is_pinned(self, key: Key) -> bool:
+        return self._ledger.is_pinned(key)
+
     def clear(self) -> None:
         """Forgets all pages that aren't pinned."""
         with self._lock:
-            for key in self._ledger.evict(self._ledger.num_evictable):
+            for key in self._ledger.clear():
                 self._ledger.release()
                 del self._images[key]
+
+    def follow(self, on_change: OnChange) -> None:
+        """Tells of the pages that are here, and from then on of each change."""
+        with self._lock:
+            self._ledger.follow(on_change)
 
     def report(self, decisions: Decisions) -> TierReport:
         with self._lock:

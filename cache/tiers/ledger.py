@@ -9,15 +9,9 @@ lie, and is guarded by its owner's lock.
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from cache.events import Change, OnChange
 from cache.keys import Key
-
-
-class PinsExceedBudget(Exception):
-    """More pages are to be kept than the tier has room for."""
-
-    def __init__(self, message: str, num_bytes_over: int) -> None:
-        super().__init__(message)
-        self.num_bytes_over = num_bytes_over
+from cache.pins import PinsExceedBudget
 
 
 class Ledger:
@@ -34,6 +28,7 @@ class Ledger:
         self._kept: set[Key] = set()
         """Held and pinned."""
         self._pins: Counter[Key] = Counter()
+        self._on_change: OnChange | None = None
 
     def __contains__(self, key: Key) -> bool:
         return key in self._evictable or key in self._kept
@@ -54,6 +49,12 @@ class Ledger:
         """Least recently used first; pinned ones last."""
         return [*self._evictable, *self._kept]
 
+    def follow(self, on_change: OnChange) -> None:
+        """Tells of the pages that are here, and from then on of each change."""
+        assert self._on_change is None, "another follows"
+        self._on_change = on_change
+        on_change(Change.STORED, self.keys())
+
     def reserve(self) -> bool:
         """Takes room for a page, if there is any."""
         if self.num_free < 1:
@@ -68,10 +69,13 @@ class Ledger:
 
     def enter(self, key: Key) -> None:
         """The page is here, in addition to what is reserved."""
+        if key in self:
+            return
         if key in self._pins:
             self._kept.add(key)
         else:
             self._evictable[key] = None
+        self._tell(Change.STORED, [key])
 
     def leave(self, key: Key) -> bool:
         """The page is no longer to be found; its room stays reserved. Whether it was here."""
@@ -82,6 +86,7 @@ class Ledger:
         else:
             return False
         self.num_reserved += 1
+        self._tell(Change.REMOVED, [key])
         return True
 
     def evict(self, most: int) -> list[Key]:
@@ -90,6 +95,17 @@ class Ledger:
             self._evictable.popitem(last=False)[0] for _ in range(min(most, self.num_evictable))
         ]
         self.num_reserved += len(keys)
+        self._tell(Change.REMOVED, keys)
+        return keys
+
+    def clear(self) -> list[Key]:
+        """All pages that aren't pinned leave; their room stays reserved."""
+        if self._kept:
+            return self.evict(self.num_evictable)
+        keys = list(self._evictable)
+        self._evictable.clear()
+        self.num_reserved += len(keys)
+        self._tell(Change.CLEARED)
         return keys
 
     @property
@@ -114,8 +130,7 @@ class Ledger:
             raise PinsExceedBudget(
                 f"{num_new} pages of {self.page_bytes} bytes are to be kept in tier {self.tier}, "
                 f"{len(self._pins)} already are, and its budget is {self.budget_bytes}: "
-                f"{num_bytes_over} bytes too many; raise the budget or let something expire",
-                num_bytes_over,
+                f"{num_bytes_over} bytes too many; raise the budget or let something expire"
             )
         for key in keys:
             self._pins[key] += 1
@@ -134,3 +149,7 @@ class Ledger:
             if key in self._kept:
                 self._kept.remove(key)
                 self._evictable[key] = None
+
+    def _tell(self, change: Change, keys: Sequence[Key] = ()) -> None:
+        if self._on_change is not None:
+            self._on_change(change, keys)

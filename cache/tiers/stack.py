@@ -113,6 +113,12 @@ class TierStack:
         for store in self._stores.values():
             store.use(keys)
 
+    def lacks(self, key: Key) -> bool:
+        """Whether the page is to be stored: it is nowhere, or not where it is pinned."""
+        tiers = [self._host, *self._stores.values()]
+        missing = [tier for tier in tiers if not tier.holds(key)]
+        return len(missing) == len(tiers) or any(tier.is_pinned(key) for tier in missing)
+
     def pin(self, tier: str, keys: Sequence[Key]) -> list[Key]:
         """Keeps pages in a tier until `unpin`; returns those that it has yet to be given (`store`).
 

@@ -9,6 +9,7 @@ reading is worth it.
 import time
 from collections.abc import Buffer, Callable, Iterable, Sequence
 
+from cache.events import OnChange
 from cache.keys import Key
 from cache.tiers.counts import Decisions, Miss, TierReport
 from cache.tiers.folder import Answer, Store
@@ -95,6 +96,11 @@ class StoreTier:
     def clear(self) -> None:
         """Forgets all pages that aren't pinned; what cannot be deleted comes back."""
         self._writer.clear()
+
+    def follow(self, on_change: OnChange) -> None:
+        """Tells of the pages that have been written, and from then on of each change."""
+        with self._shelf.lock:
+            self._ledger.follow(on_change)
 
     def stop(self, grace_s: float, last: Iterable[tuple[Key, Buffer]] = ()) -> None:
         """Takes no more pages than these; writes for up to `grace_s`."""

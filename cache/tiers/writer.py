@@ -77,7 +77,7 @@ class Writer:
         """Forgets all pages that aren't pinned, and sees to their deletion."""
         with self._changed:
             self._forget_queued()
-            self._unwanted += self._shelf.ledger.evict(self._shelf.ledger.num_evictable)
+            self._unwanted += self._shelf.ledger.clear()
             self._changed.notify_all()
 
     def stop(self, grace_s: float, last: Iterable[tuple[Key, Buffer]] = ()) -> None:

@@ -3,14 +3,22 @@
 It does not know requests that are under way.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
 
+from cache.events import EventLog, FellBehind, Subscription
 from serve.api import messages
 from serve.api.statuses import Context, statuses
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, Overloaded
 from serve.front import Front
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
+
+MOST_EVENTS = 512
+"""In one message: making it takes about a millisecond, which the streams' loop can spare."""
+GATHER_S = 0.01
+"""From an event to the message that has it: a step's events travel together."""
 
 
 class ControlService(pb_grpc.ControlServicer):
@@ -41,7 +49,41 @@ class ControlService(pb_grpc.ControlServicer):
     ) -> pb.FlushCacheResponse:
         return pb.FlushCacheResponse(num_pages=self._front.engine.flush_cache())
 
+    async def SubscribeCacheEvents(  # noqa: N802
+        self, request: pb.SubscribeCacheEventsRequest, context: Context
+    ) -> None:
+        log = self._front.engine.cache_events
+        async with statuses(context):
+            # Its first call waits for locks that an engine holds while it plans a step.
+            subscription = await asyncio.to_thread(
+                log.subscribe, request.epoch, request.sequence_number
+            )
+            with closing(subscription):
+                await _send_events(log, subscription, context)
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
         self._front.engine.drain()
         await self._on_drain()
         return pb.DrainResponse()
+
+
+async def _send_events(log: EventLog, subscription: Subscription, context: Context) -> None:
+    """Until the client leaves, or is too slow (Overloaded)."""
+    loop, more = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # The loop has closed, and its readers with it.
+            loop.call_soon_threadsafe(more.set)
+
+    while True:
+        try:
+            batch = subscription.take(MOST_EVENTS)
+        except FellBehind as error:
+            raise Overloaded(str(error)) from error
+        if batch is not None:
+            await context.write(messages.cache_events(log.epoch, batch))
+            continue
+        more.clear()
+        subscription.call_when_more(wake)
+        await more.wait()
+        await asyncio.sleep(GATHER_S)

@@ -18,9 +18,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 
+from cache.contexts.registry import Contexts
 from cache.tiers.counts import TierReport
+from cache.transfers.counts import Outcome, TransferCounts
 from model.kernel_choice import fallbacks
 from serve import front
+from serve.pins import RetainedCounts
 from serve.telemetry import Histogram, Series
 
 Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
@@ -31,6 +34,8 @@ class Engine(front.Engine, Protocol):
 
     def series(self) -> Sequence[Series]: ...
     def tiers(self) -> Sequence[TierReport]: ...
+    def transfers(self) -> Sequence[TransferCounts]: ...
+    def retained(self) -> RetainedCounts: ...
 
 
 class HttpServer:
@@ -39,10 +44,10 @@ class HttpServer:
     Raises OSError when the address cannot be listened on.
     """
 
-    def __init__(self, engine: Engine, address: str):
+    def __init__(self, engine: Engine, address: str, contexts: Contexts | None = None):
         host, _, port = address.rpartition(":")
         try:
-            self._server = ThreadingHTTPServer((host, int(port)), _handler(engine))
+            self._server = ThreadingHTTPServer((host, int(port)), _handler(engine, contexts))
         except OSError as error:
             raise OSError(
                 f"cannot listen on {address}: {error.strerror}; choose another host:port"
@@ -64,24 +69,29 @@ class HttpServer:
 
 
 class EngineCollector:
-    """An engine's load and times as metrics, read anew at each scrape."""
+    """An engine's load and times as metrics, read anew at each scrape, and what is kept there."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, contexts: Contexts | None = None):
+        self._engine, self._contexts = engine, contexts
 
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
         yield from self._histograms()
         yield from self._tiers()
+        yield from self._transfers()
         yield self._fallbacks()
 
     def _load(self) -> Iterator[Metric]:
-        load = self._engine.load()
+        load, retained = self._engine.load(), self._engine.retained()
         gauges = {
             "num_requests_running": load.num_running,
             "num_requests_waiting": load.num_waiting,
             "kv_cache_usage_perc": load.pages_used / max(load.pages_total, 1),
+            "retained_pages": retained.num_pages,
         }
+        if self._contexts is not None:
+            gauges["contexts"] = len(self._contexts)
+            gauges["contexts_tokens"] = self._contexts.num_tokens
         counters = {
             "prompt_tokens": load.prompt_tokens,
             "generation_tokens": load.generated_tokens,
@@ -89,6 +99,7 @@ class EngineCollector:
             "prefix_cache_queries": load.prefix_queries,
             "prefix_cache_hits": load.prefix_hits,
             "num_requests_finished": load.num_finished,
+            "retained_pages_refused": retained.num_refused,
             "compiles_after_warmup": load.compiles_after_warmup,
         }
         labels = {"model_name": self._engine.info.name}
@@ -111,6 +122,26 @@ class EngineCollector:
             metric = family(f"weft:kv_tier_{name}", name.replace("_", " "), labels=labels)
             for (tier, which), value in values.items():
                 metric.add_metric([model, tier, *([which] if label else [])], value)
+            yield metric
+
+    def _transfers(self) -> Iterator[Metric]:
+        """What came of prompts that other engines may compute, of all replicas together."""
+        reports = self._engine.transfers()
+        if not reports:
+            return
+        model = self._engine.info.name
+        outcomes = CounterMetricFamily(
+            "weft:kv_transfers", "prompts by how they came over", labels=["model_name", "outcome"]
+        )
+        for outcome in Outcome:
+            total = sum(report.outcomes[outcome] for report in reports)
+            outcomes.add_metric([model, outcome], total)
+        yield outcomes
+        for what in ("pages", "bytes"):
+            metric = CounterMetricFamily(
+                f"weft:kv_transfer_{what}", f"{what} received", labels=["model_name"]
+            )
+            metric.add_metric([model], sum(getattr(report, what) for report in reports))
             yield metric
 
     def _fallbacks(self) -> Metric:
@@ -148,6 +179,7 @@ def _tier_values(
     return [
         (GaugeMetricFamily, "used_bytes", "", {"": report.num_pages * report.page_bytes}),
         (GaugeMetricFamily, "budget_bytes", "", {"": report.budget_bytes}),
+        (GaugeMetricFamily, "pinned_pages", "", {"": report.num_pinned}),
         (GaugeMetricFamily, "queued_pages", "", {"": report.num_queued}),
         (GaugeMetricFamily, "off", "", {"": int(report.is_off)}),
         (CounterMetricFamily, "hits", "", {"": counts.hits}),
@@ -167,9 +199,9 @@ def _cumulative(histogram: Histogram) -> list[tuple[str, int]]:
     return list(zip(bounds, accumulate(histogram.counts), strict=True))
 
 
-def _handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
+def _handler(engine: Engine, contexts: Contexts | None) -> type[BaseHTTPRequestHandler]:
     registry = CollectorRegistry()
-    registry.register(EngineCollector(engine))
+    registry.register(EngineCollector(engine, contexts))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

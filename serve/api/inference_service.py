@@ -9,10 +9,10 @@ from contextlib import aclosing, contextmanager
 
 import grpc
 
+from cache.contexts.context import Context as Kept
 from serve.api import messages
 from serve.api.statuses import Context, abort, statuses
-from serve.errors import InvalidRequest
-from serve.front import Front
+from serve.front import Chat, Front
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
 from serve.request import FinishReason, GenerateRequest
@@ -66,30 +66,28 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def _prepare(self, request: pb.GenerateRequest) -> GenerateRequest:
         sampling = messages.sampling_params(request.sampling)
+        after = None
+        if request.context:
+            after = self._front.context(request.tenant, request.context)
         return self._front.prepare(
-            await self._encode(request),
+            await self._encode(request, after),
             sampling,
             request_id=request.request_id,
             tenant=request.tenant,
             session_id=request.session_id,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            context=after,
+            keep=[(kept.position, kept.ttl) for kept in request.keep],
         )
 
-    async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[int, ...]:
-        match request.WhichOneof("prompt"):
-            case "text":
-                if len(request.text) > LONG_TEXT:
-                    return await asyncio.to_thread(self._front.encode, request.text)
-                return self._front.encode(request.text)
-            case "chat":
-                chat = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-                return await asyncio.to_thread(self._front.encode_chat, chat)
-            case "token_ids" if isinstance(request, pb.GenerateRequest):
-                return tuple(request.token_ids.ids)
-            case _:
-                forms = [f.name for f in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
-                raise InvalidRequest(f"the request has no prompt; set one of {', '.join(forms)}")
+    async def _encode(
+        self, request: pb.GenerateRequest | pb.TokenizeRequest, after: Kept | None = None
+    ) -> tuple[int, ...]:
+        prompt = messages.prompt(request)
+        if isinstance(prompt, Chat) or (isinstance(prompt, str) and len(prompt) > LONG_TEXT):
+            return await asyncio.to_thread(self._front.encode_prompt, prompt, after)
+        return self._front.encode_prompt(prompt, after)
 
     @contextmanager
     def _known(self, request_id: str) -> Generator[None]:

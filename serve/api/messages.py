@@ -4,8 +4,12 @@ It does not know connections or status codes (`serve/api/grpc_server.py`).
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from serve.front import Delta, Front
+from cache.contexts.context import Context
+from cache.events import Batch, Change
+from serve.errors import InvalidRequest
+from serve.front import Chat, Delta, Front, Prompt
 from serve.pb import inference_pb2 as pb
 from serve.request import FinishReason, Load, SamplingParams, Timings, TokenLogprobs, Usage
 
@@ -17,6 +21,11 @@ _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+_EVENT_KINDS = {
+    Change.STORED: pb.CacheEvent.KIND_STORED,
+    Change.REMOVED: pb.CacheEvent.KIND_REMOVED,
+    Change.CLEARED: pb.CacheEvent.KIND_CLEARED,
 }
 _OPTIONAL = (
     "temperature",
@@ -43,6 +52,21 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         **given,
     )
+
+
+def prompt(message: Any) -> Prompt:
+    """What the message's oneof `prompt` holds. Raises InvalidRequest where it has none."""
+    match message.WhichOneof("prompt"):
+        case "text":
+            return message.text
+        case "token_ids":
+            return tuple(message.token_ids.ids)
+        case "chat":
+            messages = message.chat.messages
+            return Chat(tuple({"role": m.role, "content": m.content} for m in messages))
+        case _:
+            forms = [field.name for field in message.DESCRIPTOR.oneofs_by_name["prompt"].fields]
+            raise InvalidRequest(f"the request has no prompt; set one of {', '.join(forms)}")
 
 
 def responses(delta: Delta) -> Iterator[pb.GenerateResponse]:
@@ -102,6 +126,41 @@ def load_response(load: Load) -> pb.GetLoadResponse:
     )
 
 
+def cache_events(epoch: str, batch: Batch) -> pb.CacheEvents:
+    return pb.CacheEvents(
+        epoch=epoch,
+        sequence_number=batch.sequence_number,
+        is_snapshot=batch.is_snapshot,
+        is_snapshot_end=batch.is_snapshot_end,
+        events=[
+            pb.CacheEvent(
+                kind=_EVENT_KINDS[event.change],
+                tier=event.tier,
+                replica=event.replica,
+                key=event.key,
+                parent_key=event.parent_key,
+                num_tokens=event.num_tokens,
+            )
+            for event in batch.events
+        ],
+    )
+
+
+def cached_context(
+    context: Context, cached_tokens: int = 0, compute_s: float = 0.0
+) -> pb.CachedContext:
+    return pb.CachedContext(
+        name=context.name,
+        display_name=context.display_name,
+        num_tokens=context.num_tokens,
+        create_time=context.create_time,
+        update_time=context.update_time,
+        expire_time=context.expire_time,
+        cached_tokens=cached_tokens,
+        compute_s=compute_s,
+    )
+
+
 def _positions(logprobs: Iterable[TokenLogprobs]) -> Iterator[pb.TokenLogprobs]:
     for position in logprobs:
         yield pb.TokenLogprobs(
@@ -118,6 +177,8 @@ def _usage(usage: Usage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
         fetched_tokens=dict(usage.fetched_tokens),
+        prefilled_tokens=usage.prefilled_tokens,
+        saved_s=usage.saved_s,
     )
 
 

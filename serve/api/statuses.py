@@ -8,7 +8,15 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from serve.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestError, Unavailable
+from serve.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    Mismatch,
+    NotFound,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
 
 MAX_DETAILS = 1_000
 """Characters of an error message: it travels in the trailers, which clients limit to 8 KiB."""
@@ -16,6 +24,8 @@ MAX_DETAILS = 1_000
 _STATUS = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
 }

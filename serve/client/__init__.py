@@ -9,11 +9,26 @@ It knows the wire only: it imports nothing of the server, and no JAX.
 
 from serve.client.asynchronous import AsyncClient
 from serve.client.blocking import DEFAULT_ADDRESS, Client
-from serve.client.values import Chunk, ModelInfo, Prompt, RequestOptions
+from serve.client.cache_view import CacheView
+from serve.client.contexts import CachedContext
+from serve.client.values import (
+    CacheChange,
+    CacheEvent,
+    CacheEvents,
+    Chunk,
+    ModelInfo,
+    Prompt,
+    RequestOptions,
+)
 
 __all__ = [
     "DEFAULT_ADDRESS",
     "AsyncClient",
+    "CacheChange",
+    "CacheEvent",
+    "CacheEvents",
+    "CacheView",
+    "CachedContext",
     "Chunk",
     "Client",
     "ModelInfo",

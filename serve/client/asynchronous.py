@@ -7,7 +7,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client.blocking import DEFAULT_ADDRESS, OPTIONS
+from serve.client.contexts import AsyncContexts
 from serve.client.messages import (
+    cache_events,
+    cache_events_request,
     chunk,
     detokenize_request,
     errors,
@@ -17,7 +20,7 @@ from serve.client.messages import (
     model_info_response,
     tokenize_request,
 )
-from serve.client.values import Chunk, ModelInfo, Prompt, RequestOptions
+from serve.client.values import CacheEvents, Chunk, ModelInfo, Prompt, RequestOptions
 from serve.errors import Unavailable
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
@@ -33,6 +36,7 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._inference = pb_grpc.InferenceStub(self._channel)
         self._control = pb_grpc.ControlStub(self._channel)
+        self.contexts = AsyncContexts(pb_grpc.ContextCacheStub(self._channel), address, timeout_s)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(
@@ -75,6 +79,23 @@ class AsyncClient:
 
     async def flush_cache(self) -> int:
         return (await self._call(self._control.FlushCache, pb.FlushCacheRequest())).num_pages
+
+    def cache_events(
+        self, epoch: str = "", sequence_number: int = 0
+    ) -> AsyncGenerator[CacheEvents, None]:
+        """What the server's cache holds, and from then on each change; it ends only by an error."""
+        request = cache_events_request(epoch, sequence_number)
+        return self._cache_events(
+            self._control.SubscribeCacheEvents(request, timeout=self._timeout_s)
+        )
+
+    async def _cache_events(self, call: Any) -> AsyncGenerator[CacheEvents, None]:
+        try:
+            with errors(self.address):
+                async for message in call:
+                    yield cache_events(message)
+        finally:
+            call.cancel()
 
     async def drain(self) -> None:
         await self._call(self._control.Drain, pb.DrainRequest())

@@ -6,7 +6,10 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serve.client.contexts import Contexts
 from serve.client.messages import (
+    cache_events,
+    cache_events_request,
     chunk,
     detokenize_request,
     errors,
@@ -16,7 +19,7 @@ from serve.client.messages import (
     model_info_response,
     tokenize_request,
 )
-from serve.client.values import Chunk, ModelInfo, Prompt, RequestOptions
+from serve.client.values import CacheEvents, Chunk, ModelInfo, Prompt, RequestOptions
 from serve.errors import Unavailable
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
@@ -40,6 +43,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._inference = pb_grpc.InferenceStub(self._channel)
         self._control = pb_grpc.ControlStub(self._channel)
+        self.contexts = Contexts(pb_grpc.ContextCacheStub(self._channel), address, timeout_s)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk]:
@@ -80,6 +84,25 @@ class Client:
     def flush_cache(self) -> int:
         """Makes the server forget all cached prefixes; returns how many pages that freed."""
         return self._call(self._control.FlushCache, pb.FlushCacheRequest()).num_pages
+
+    def cache_events(self, epoch: str = "", sequence_number: int = 0) -> Generator[CacheEvents]:
+        """What the server's cache holds, and from then on each change; it ends only by an error.
+
+        Given a `CacheView`'s, it goes on after them where that is possible. Overloaded: what came
+        was read too slowly; ask again. Closing the generator ends the subscription.
+        """
+        request = cache_events_request(epoch, sequence_number)
+        return self._cache_events(
+            self._control.SubscribeCacheEvents(request, timeout=self._timeout_s)
+        )
+
+    def _cache_events(self, call: Any) -> Generator[CacheEvents]:
+        try:
+            with errors(self.address):
+                for message in call:
+                    yield cache_events(message)
+        finally:
+            call.cancel()
 
     def drain(self) -> None:
         """Makes the server refuse new requests; returns at once."""

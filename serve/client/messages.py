@@ -11,14 +11,30 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from serve.client.values import Chunk, ModelInfo, Prompt, RequestOptions
-from serve.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestError, Unavailable
+from serve.client.values import (
+    CacheChange,
+    CacheEvent,
+    CacheEvents,
+    Chunk,
+    ModelInfo,
+    Prompt,
+    RequestOptions,
+)
+from serve.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
 from serve.pb import inference_pb2 as pb
 from serve.request import FinishReason, Load, SamplingParams, Timings, TokenLogprobs, Usage
 
 _ERRORS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.ALREADY_EXISTS: DuplicateRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimeoutError,
@@ -27,6 +43,11 @@ _FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+}
+_CACHE_CHANGES = {
+    pb.CacheEvent.KIND_STORED: CacheChange.STORED,
+    pb.CacheEvent.KIND_REMOVED: CacheChange.REMOVED,
+    pb.CacheEvent.KIND_CLEARED: CacheChange.CLEARED,
 }
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
@@ -63,14 +84,20 @@ def generate_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequ
             sampling[name] = tuple(sampling[name])
     SamplingParams(**sampling)  # A value out of range is told before anything is sent.
     with valid():
-        request = pb.GenerateRequest(sampling=pb.SamplingParams(**sampling), **given)
-        if isinstance(prompt, str):
-            request.text = prompt
-        elif _is_chat(prompt):
-            request.chat.CopyFrom(_chat(prompt))
-        else:
-            request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))  # pyright: ignore[reportArgumentType]
+        keep = [pb.Breakpoint(position=at, ttl=ttl) for at, ttl in given.pop("keep", ())]
+        request = pb.GenerateRequest(sampling=pb.SamplingParams(**sampling), keep=keep, **given)
+        set_prompt(request, prompt)
         return request
+
+
+def set_prompt(request: Any, prompt: Prompt) -> None:
+    """Sets the oneof `prompt` of a request."""
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif _is_chat(prompt):
+        request.chat.CopyFrom(_chat(prompt))
+    else:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))  # pyright: ignore[reportArgumentType]
 
 
 def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> pb.TokenizeRequest:
@@ -101,6 +128,8 @@ def chunk(request_id: str, message: pb.GenerateResponse) -> Chunk:
             message.usage.completion_tokens,
             message.usage.cached_tokens,
             dict(message.usage.fetched_tokens),
+            message.usage.prefilled_tokens,
+            message.usage.saved_s,
         )
     if message.HasField("timings"):
         timings = Timings(
@@ -135,6 +164,31 @@ def model_info_response(message: pb.GetModelInfoResponse) -> ModelInfo:
 
 def load_response(message: pb.GetLoadResponse) -> Load:
     return Load(**{field.name: getattr(message, field.name) for field in fields(Load)})
+
+
+def cache_events_request(epoch: str, sequence_number: int) -> pb.SubscribeCacheEventsRequest:
+    with valid():
+        return pb.SubscribeCacheEventsRequest(epoch=epoch, sequence_number=sequence_number)
+
+
+def cache_events(message: pb.CacheEvents) -> CacheEvents:
+    return CacheEvents(
+        message.epoch,
+        message.sequence_number,
+        message.is_snapshot,
+        message.is_snapshot_end,
+        tuple(
+            CacheEvent(
+                _CACHE_CHANGES[event.kind],
+                event.tier,
+                event.replica,
+                event.key,
+                event.parent_key,
+                event.num_tokens,
+            )
+            for event in message.events
+        ),
+    )
 
 
 def is_serving_response(message: health_pb2.HealthCheckResponse) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypedDict
 
 from serve.request import FinishReason, Timings, TokenLogprobs, Usage
@@ -33,6 +34,11 @@ class RequestOptions(TypedDict, total=False):
     session_id: str
     cache_salt: str
     priority: int
+    context: str
+    """The name of a context that the prompt goes on after (`Client.contexts`)."""
+    keep: Sequence[tuple[int, str]]
+    """Up to 4 positions in the prompt, 0 for its end, and for how long the pages before each are to
+    be kept: "5m" or "1h", anew with each use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,37 @@ class Chunk:
     finish_reason: FinishReason | None
     usage: Usage | None
     timings: Timings | None
+
+
+class CacheChange(StrEnum):
+    STORED = "stored"
+    REMOVED = "removed"
+    CLEARED = "cleared"
+    """All pages of the replica's tier are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """A page comes or goes; proto/weft/v1 says what each field means."""
+
+    change: CacheChange
+    tier: str
+    replica: int
+    key: bytes
+    parent_key: bytes
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """Successive events, or a part of a snapshot; `CacheView` applies them."""
+
+    epoch: str
+    sequence_number: int
+    """Of the last event; of a snapshot, of the last one before it."""
+    is_snapshot: bool
+    is_snapshot_end: bool
+    events: tuple[CacheEvent, ...]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """What tells JAX, and its older name; JAX refuses both at once."""
 
 
-def ensure_devices(mesh: MeshSection) -> None:
-    """Takes most of each GPU's memory, and makes as many CPU devices as the mesh takes.
+def ensure_devices(mesh: MeshSection, beside: MeshSection | None = None) -> None:
+    """Takes most of each GPU's memory, and makes as many CPU devices as the mesh takes, and one
+    `beside` it.
 
     Not where the user has said how much, or how many. Only before JAX's first use of a device;
     afterwards there are those that there are.
@@ -25,7 +26,8 @@ def ensure_devices(mesh: MeshSection) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", mesh.data * mesh.stage * mesh.tensor)
+        sizes = [one.data * one.stage * one.tensor for one in (mesh, beside) if one]
+        jax.config.update("jax_num_cpu_devices", sum(sizes))
 
 
 def keep_compiled_programs() -> None:

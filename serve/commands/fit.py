@@ -63,11 +63,12 @@ class Target:
 
     def memory_bytes(self, mesh: MeshSection) -> int:
         """What a program may use of one of them."""
+        num_devices = mesh.data * mesh.stage * mesh.tensor
         if self.hardware is None:
-            return device_memory_bytes(jax.devices()[0], mesh)
+            return device_memory_bytes(jax.devices()[0], num_devices)
         if self.described:
             return int(self.hardware.memory_bytes * _taken_share())
-        return self.hardware.memory_bytes // (mesh.data * mesh.stage * mesh.tensor)
+        return self.hardware.memory_bytes // num_devices
 
     def why_not(self, mesh: MeshSection) -> str:
         """Why nothing can be compiled for them; empty where it can."""

@@ -7,12 +7,15 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from serve.api.contexts_service import ContextsService
 from serve.api.grpc_server import GrpcServer, run_until_signalled
 from serve.api.http_server import HttpServer
-from serve.build import build_engine
+from serve.api.transfer_service import TransferService
+from serve.build import build_contexts, build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
 from serve.config import ListenSection, ServeConfig
+from serve.contexts import ContextCache
 from serve.engine import Engine
 from serve.front import Front
 from serve.progress import Progress
@@ -37,30 +40,42 @@ def run(config: ServeConfig, profile: Path | None = None) -> None:
         _check_free("listen.http", config.listen.http)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     text = load_text(Path(config.model.path))
-    ensure_devices(config.mesh)
+    ensure_devices(config.mesh, config.split.prefill_mesh(config.mesh))
     keep_compiled_programs()
     engine = build_engine(config, Progress)
     # What is there now stays: a collection that went through it all would stop every step for long,
     # half a second on two cores.
     gc.collect()
     gc.freeze()
-    front = Front(engine, text.tokenizer, text.chat_template)
+    registry = build_contexts(config, engine.info)
+    front = Front(engine, text.tokenizer, text.chat_template, registry)
+    contexts = ContextCache(front, engine, registry) if registry is not None else None
     with traced(engine.profiles, profile) if profile else nullcontext():
         engine.start()
         try:
-            asyncio.run(_serve(front, engine, config.listen))
+            asyncio.run(_serve(front, engine, contexts, config.listen))
         finally:
             engine.stop()
 
 
-async def _serve(front: Front, engine: Engine | Replicas, listen: ListenSection) -> None:
-    server = GrpcServer(front, listen.grpc)
+async def _serve(
+    front: Front,
+    engine: Engine | Replicas,
+    contexts: ContextCache | None,
+    listen: ListenSection,
+) -> None:
+    services = [ContextsService.of(contexts)] if contexts else []
+    if engine.page_form is not None:
+        services = [TransferService.of(engine, engine.page_form)]
+    server = GrpcServer(front, listen.grpc, services)
     await server.start()
     try:
-        with HttpServer(engine, listen.http) if listen.http else nullcontext() as http:
-            addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
-            print(_greeting(front, *addresses), flush=True)
-            await run_until_signalled(server, listen.grace_s)
+        metrics = HttpServer(engine, listen.http, front.contexts) if listen.http else nullcontext()
+        async with contexts.expiring() if contexts else nullcontext():
+            with metrics as http:
+                addresses = _at(listen.grpc, server.port), http and _at(listen.http, http.port)
+                print(_greeting(front, engine.page_form is not None, *addresses), flush=True)
+                await run_until_signalled(server, listen.grace_s)
     finally:
         await server.stop()
 
@@ -69,14 +84,16 @@ def _at(address: str, port: int) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def _greeting(front: Front, grpc: str, http: str | None) -> str:
+def _greeting(front: Front, prefills_only: bool, grpc: str, http: str | None) -> str:
     """Says that the endpoint is ready, and a command that shows it."""
+    metrics = f", metrics on http://{http}/metrics" if http else ""
+    if prefills_only:
+        return f"weft: {front.engine.info.name} is prefilled for others on {grpc} (gRPC){metrics}"
     prompt, shown = ("'import '", "c.text") if front.tokenizer else ("[1]", "c.token_ids")
     code = (
         f"from serve.client import Client; [print({shown}, end='', flush=True) "
         f"for c in Client('{grpc}').generate({prompt}, max_tokens=64)]"
     )
-    metrics = f", metrics on http://{http}/metrics" if http else ""
     return (
         f"weft: {front.engine.info.name} is served on {grpc} (gRPC){metrics}; try\n"
         f'{sys.executable} -c "{code}"'

@@ -261,8 +261,8 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SubscribeCacheEvents(self, request, context):
-        """What the cache holds, first as a whole and then as it changes, so that a router can follow exactly. A
-        reader that falls too far behind gets RESOURCE_EXHAUSTED: subscribe again.
+        """What the cache holds, first as a whole and then as it changes, so that a router can follow exactly. The
+        stream ends with an error only; a reader that falls too far behind gets RESOURCE_EXHAUSTED: subscribe again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -527,7 +527,8 @@ class ContextCacheServicer:
     """
 
     def Create(self, request, context):
-        """Returns when the context's keys and values are there.
+        """Returns when the context's keys and values are there; what fails or is cancelled before leaves nothing.
+        RESOURCE_EXHAUSTED, with what to change, where there is no room to keep another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -546,7 +547,7 @@ class ContextCacheServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Appends to a context, or sets another end, or both.
+        """Appends to a context and computes that, or sets another end, or both: all of it or nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -230,6 +230,47 @@ def test_an_extension_keeps_the_salt(clocks):
     assert after.keys == keys_of("a", "s", range(9))
 
 
+def test_a_chat_keeps_its_messages_and_is_extended_as_a_whole(clocks, tmp_path):
+    contexts = clocks.contexts(directory=tmp_path)
+    messages = ({"role": "user", "content": "a"}, {"role": "user", "content": "b"})
+    made = contexts.create("a", [1, 2, 3], messages=messages[:1])
+    after = contexts.update("a", made.name, [1, 9, 9, 9, 9], messages=messages).after
+    assert (after.messages, list(after.token_ids)) == (messages, [1, 9, 9, 9, 9])
+    assert after.keys == keys_of("a", "", [1, 9, 9, 9, 9])
+    assert clocks.contexts(directory=tmp_path).get("a", made.name) == after
+    with pytest.raises(InvalidContext, match="would have 21 tokens"):
+        contexts.update("a", made.name, [1] * 21, messages=messages)
+
+
+def test_a_name_may_be_known_before(clocks):
+    contexts = clocks.contexts()
+    name = contexts.new_name()
+    assert contexts.create("a", [1], name=name).name == name
+    assert contexts.num_tokens == 1
+
+
+def test_what_is_let_go_is_gone_once_also_if_its_time_is_over(clocks):
+    contexts = clocks.contexts()
+    over, left = contexts.create("a", [1], ttl_s=1), contexts.create("a", [1])
+    clocks.passes(1)
+    for made in (over, left):
+        assert contexts.let_go(made)
+        assert not contexts.let_go(made)
+    assert ended(contexts) == []
+    assert not contexts._names
+
+
+def test_an_end_that_cannot_be_is_told_before(clocks):
+    contexts = clocks.contexts()
+    contexts.check_end(None, None)
+    contexts.check_end(1000.0, None)
+    with pytest.raises(InvalidContext, match=r"ttl is 1001.0 s"):
+        contexts.check_end(1001.0, None)
+    clocks.wall_s += 10
+    with pytest.raises(InvalidContext, match="expire_time"):
+        contexts.check_end(None, clocks.wall_s)
+
+
 def test_what_has_ended_takes_no_room(clocks):
     contexts = clocks.contexts()
     contexts.create("a", [1], ttl_s=1)

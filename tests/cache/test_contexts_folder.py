@@ -42,14 +42,16 @@ def failing(number):
 @given(
     token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=20),
     words=st.tuples(*[st.text(st.characters(exclude_categories=()))] * 3),
+    messages=st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.text())),
     times=st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 3),
 )
-def test_what_is_encoded_is_decoded(token_ids, words, times):
+def test_what_is_encoded_is_decoded(token_ids, words, messages, times):
     context = replace(
         made(),
         **dict(zip(("tenant", "cache_salt", "display_name"), words, strict=True)),
         **dict(zip(("create_time", "update_time", "expire_time"), times, strict=True)),
         token_ids=array("I", token_ids),
+        messages=tuple(messages),
     )
     found = FORM.decode(context.name, FORM.encode(context))
     assert replace(found, keys=()) == replace(context, keys=())
@@ -99,7 +101,7 @@ def test_files_that_are_not_its_own_are_left_counted_and_warned_of_once(tmp_path
 
     change(corrupt, lambda record: record[:-1] + bytes([record[-1] ^ 1]))
     change(truncated, lambda record: record[:-1])
-    change(versioned, lambda record: record[:8] + b"\2" + record[9:])
+    change(versioned, lambda record: record[:8] + bytes([record[8] + 1]) + record[9:])
     (tmp_path / f"{moved}.context").rename(tmp_path / "moved.context")
     (tmp_path / "empty.context").touch()
     (tmp_path / "directory.context").mkdir()

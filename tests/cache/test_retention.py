@@ -91,6 +91,16 @@ def test_what_is_over_is_not_renewed_by_use_but_by_a_hint():
     assert retained.until_s(b"a") == HOUR + MINUTES
 
 
+def test_what_is_refused_after_all_is_as_if_it_had_not_been_kept():
+    retained = Retained(10)
+    retained.keep(keys("ab"), [MINUTES] * 2, 0.0)
+    retained.refuse(retained.keep(keys("abcd"), [MINUTES] * 4, 1.0))
+    assert (len(retained), retained.num_refused) == (2, 2)
+    assert retained.until_s(keys("abc")[-1]) is None
+    assert retained.keep(keys("abc"), [MINUTES] * 3, 2.0) == keys("abc")[2:]
+    assert retained.expire(2.0 + MINUTES) == keys("abc")
+
+
 def test_where_there_is_no_room_the_end_of_a_sequence_is_refused_and_counted():
     retained = Retained(3)
     assert retained.keep(keys("abcdef"), [HOUR] * 5, 0.0) == keys("abc")

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from cache.events import EventLog
 from cache.tiers.counts import TierReport
+from cache.transfers.counts import TransferCounts
 from model.chat import ChatTemplate
 from model.tokenizer import Tokenizer
-from serve.api.grpc_server import GrpcServer, run_until_signalled
+from serve.api.grpc_server import GrpcServer, Service, run_until_signalled
 from serve.errors import DuplicateRequest, Overloaded, Unavailable
 from serve.front import Front
+from serve.pins import RetainedCounts
 from serve.request import (
     FinishReason,
     GenerateRequest,
@@ -79,6 +82,9 @@ class FakeEngine:
         self.waits = Histogram((0.5, 1.0))
         """Whatever a test puts there; so it is with the next."""
         self.reports: list[TierReport] = []
+        self.transferred: list[TransferCounts] = []
+        self.cache_events = EventLog("fake")
+        """Of nobody's pages, unless a test adds some."""
         self._answer = answer
         self._burst = burst
         self._max_queue = max_queue
@@ -145,6 +151,12 @@ class FakeEngine:
 
     def tiers(self) -> list[TierReport]:
         return self.reports
+
+    def transfers(self) -> list[TransferCounts]:
+        return self.transferred
+
+    def retained(self) -> RetainedCounts:
+        return RetainedCounts(3, 4)
 
     def flush_cache(self) -> int:
         return 7
@@ -290,14 +302,14 @@ def text_front(engine: FakeEngine) -> Front:
 
 
 @contextmanager
-def served(front: Front) -> Iterator[str]:
-    """The address of a server of `front`, on a thread of its own."""
+def served(front: Front, more: Sequence[Service] = ()) -> Iterator[str]:
+    """The address of a server of `front`, with `more` services, on a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gRPC server")
     thread.start()
 
     async def start() -> GrpcServer:
-        server = GrpcServer(front, "127.0.0.1:0")
+        server = GrpcServer(front, "127.0.0.1:0", more)
         await server.start()
         return server
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cache.pages import PagePool
 from cache.tables import PageTables
+from cache.tiers.record import RecordFormat
 from model import weights
 from model.config import Experts, Latent, Layer, ModelConfig, Rope
 from model.kernel_choice import Kernels, kernels_for
@@ -21,6 +23,7 @@ from model.partition import Partition
 from serve.engine import Engine, ModelInfo
 from serve.limits import Limits
 from serve.page_images import PageImages
+from serve.page_mover import PageMover
 from serve.programs import CacheShape, Programs
 from serve.request import FinishReason, GenerateRequest, Output, SamplingParams, TokenLogprobs
 from serve.runner import Runner
@@ -129,18 +132,28 @@ class Parts:
     limits: Limits
     tables: PageTables
     runner: Runner
+    mover: PageMover | None = None
     traffic: TierTraffic | None = None
 
-    def scheduler(self, prefix_caching: bool = True, **changes: Any) -> Scheduler:
+    def scheduler(
+        self, prefix_caching: bool = True, prefill: Any = None, **changes: Any
+    ) -> Scheduler:
         """A new one, of which nothing is cached yet; `changes` are to its limits, within those the
         runner was made for."""
         self.tables.pool.flush()
         limits = replace(self.limits, **changes)
         eos_ids = frozenset(self.config.eos_ids)
-        return Scheduler(limits, self.tables, eos_ids, prefix_caching, self.traffic)
+        return Scheduler(limits, self.tables, eos_ids, prefix_caching, self.traffic, prefill)
 
-    def engine(self, runner: Any = None, **changes: Any) -> Engine:
-        """A new one, not started: `generate` and tests move it by `step`."""
+    def engine(
+        self,
+        runner: Any = None,
+        prefill: Any = None,
+        page_form: RecordFormat | None = None,
+        **changes: Any,
+    ) -> Engine:
+        """A new one, not started: `generate` and tests move it by `step`. `prefill` computes prompts
+        for it; with a `page_form` it does so for others."""
         pool = self.tables.pool
         info = ModelInfo(
             name="tiny",
@@ -155,7 +168,13 @@ class Parts:
             eos_ids=self.config.eos_ids,
         )
         return Engine(
-            info, self.scheduler(**changes), runner or self.runner, random.Random(0), clock=float
+            info,
+            self.scheduler(prefill=prefill, **changes),
+            runner or self.runner,
+            random.Random(0),
+            clock=float,
+            prefill=prefill,
+            page_form=page_form,
         )
 
 
@@ -168,11 +187,15 @@ def make_parts(
     replica: int = 0,
     kernels: Kernels | None = None,
     cache_dtype: str = "float32",
-    make_traffic: Callable[[PageImages], TierTraffic] | None = None,
+    make_traffic: Callable[[PageMover], TierTraffic] | None = None,
+    moves_pages: bool = False,
+    prefills_only: bool = False,
+    destination: PageImages | None = None,
+    first_device: int = 0,
 ) -> Parts:
     """Nothing is compiled yet: the runner does so when it meets a shape, or by `compile_all`."""
     partition = Partition(config, mesh.stage, mesh.tensor)
-    devices = make_meshes(mesh)[replica]
+    devices = make_meshes(mesh, jax.devices()[first_device:])[replica]
     dtype = jnp.dtype("float32")
     chosen = kernels or kernels_for("cpu")
     loaded = load_weights(partition, ArraySource(arrays), devices, dtype, kernels=chosen)
@@ -181,9 +204,11 @@ def make_parts(
     )
     cache = CacheShape(num_pages, PAGE_SIZE, jnp.dtype(cache_dtype))
     programs = Programs(partition, devices, cache, limits, tables.width, dtype, chosen)
-    traffic = make_traffic(PageImages(programs)) if make_traffic else None
-    runner = Runner(programs, loaded, tables.array, traffic=traffic)
-    return Parts(config, arrays, limits, tables, runner, traffic)
+    moves_pages = moves_pages or prefills_only or make_traffic is not None
+    mover = PageMover(PageImages(programs), destination) if moves_pages else None
+    traffic = make_traffic(mover) if make_traffic and mover else None
+    runner = Runner(programs, loaded, tables.array, None, mover, traffic, prefills_only)
+    return Parts(config, arrays, limits, tables, runner, mover, traffic)
 
 
 def compile_few(runner: Runner) -> None:

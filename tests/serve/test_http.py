@@ -7,6 +7,7 @@ from http.client import HTTPResponse
 import pytest
 
 from cache.tiers.counts import Decisions, Miss, TierCounts, TierReport
+from cache.transfers.counts import Outcome, TransferCounts
 from serve.api import http_server
 from serve.api.http_server import HttpServer
 from tests.serve.fake_engine import FakeEngine
@@ -59,6 +60,18 @@ def test_tiers_of_replicas_are_added_up() -> None:
     assert f"weft:kv_tier_misses_total{{{labels}}} 4.0" in text
     labels = 'decision="recomputed",model_name="fake",tier="disk"'
     assert f"weft:kv_tier_decisions_total{{{labels}}} 8.0" in text
+
+
+def test_transfers_of_replicas_are_added_up() -> None:
+    counts = TransferCounts(Counter({Outcome.COMPLETE: 2, Outcome.LATE: 1}), pages=7, bytes=700)
+    with FakeEngine() as engine, HttpServer(engine, "127.0.0.1:0") as server:
+        assert "weft:kv_transfer" not in get(server.port, "/metrics")[1]
+        engine.transferred = [counts, counts]
+        _, text = get(server.port, "/metrics")
+    assert 'weft:kv_transfers_total{model_name="fake",outcome="complete"} 4.0' in text
+    assert 'weft:kv_transfers_total{model_name="fake",outcome="late"} 2.0' in text
+    assert 'weft:kv_transfers_total{model_name="fake",outcome="broken"} 0.0' in text
+    assert 'weft:kv_transfer_pages_total{model_name="fake"} 14.0' in text
 
 
 def test_shapes_that_a_kernel_left_to_the_reference_are_counted(monkeypatch) -> None:

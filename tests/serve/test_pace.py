@@ -125,6 +125,25 @@ def test_a_window_bounds_what_its_layers_see():
     assert cost.at(1000) == pytest.approx(1 + (1000 + 100) / 2 * SEEN / WEIGHTS)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 99, 100, 101, 350])
+def test_the_first_tokens_cost_what_each_of_them_does(num_tokens):
+    cost = TokenCost(((math.inf, 0.25), (100, 0.5)))
+    each = sum(cost.at(position) for position in range(num_tokens))
+    assert cost.of_first(num_tokens) == pytest.approx(each)
+
+
+def test_what_a_unit_takes_is_learned_from_prompts_alone_or_else_from_those_beside_decode():
+    pace = Pace(2.0)
+    assert pace.unit_s == 0
+    for _ in range(5):
+        pace.observe(4, 1, 0, DECODE_S)
+        pace.observe(4, 1, 10, DECODE_S + 10 * UNIT_S)
+    assert pace.unit_s == pytest.approx(UNIT_S)
+    for _ in range(3):
+        pace.observe(0, 0, 10, 20 * UNIT_S)
+    assert pace.unit_s == pytest.approx(2 * UNIT_S)
+
+
 def test_of_experts_those_count_that_a_token_takes():
     layers = (Layer(Rope(1e4), experts=True),)
     some = config(layers=layers, experts=Experts(8, 2, 128, True))

@@ -18,13 +18,14 @@ NUM_PAGES, PAGE_SIZE = 40, 4
 PAGES = [3, 39, 1, 17, 20]
 
 
-def made(model=DENSE, mesh="tensor=1", dtype="float32"):
+def made(model=DENSE, mesh="tensor=1", dtype="float32", first_device=0):
     """Programs of a mesh, and a state whose pages hold numbers of the layer and head that they are
     of."""
     shape = parse_mesh(mesh)
     partition = Partition(model, shape.stage, shape.tensor)
     cache = CacheShape(NUM_PAGES, PAGE_SIZE, jnp.dtype(dtype))
-    programs = Programs(partition, make_meshes(shape)[0], cache, LIMITS, 8, jnp.dtype("float32"))
+    devices = make_meshes(shape, jax.devices()[first_device:])[0]
+    programs = Programs(partition, devices, cache, LIMITS, 8, jnp.dtype("float32"))
     return programs, programs.new_state()
 
 
@@ -109,3 +110,21 @@ def test_reading_shows_the_pages_as_they_were_when_it_began():
     state = images.write(state, [7], second)
     jax.block_until_ready(state)
     np.testing.assert_array_equal(reading.wait(), first)
+
+
+@pytest.mark.parametrize("destination", ["tensor=1", "tensor=4", "stage=2,tensor=2"])
+@pytest.mark.parametrize("model", [DENSE, LATENT], ids=["dense", "latent"])
+def test_pages_move_between_meshes_without_the_host(model, destination):
+    """From two devices, which divide the kv heads, to others of the same process."""
+    programs, state = made(model, "tensor=2")
+    images = PageImages(programs)
+    pages = list(range(1, BATCHES[-1] + 3))
+    written = random_images(images, len(pages))
+    state = images.write(state, pages, written)
+    others, its_state = made(model, destination, first_device=2)
+    there = PageImages(others)
+    moved = images.read(state, pages, there).wait()
+    # In two parts, as they may be landed.
+    its_state = there.write(its_state, pages[:5], moved[:5])
+    its_state = there.write(its_state, pages[5:], moved[5:])
+    np.testing.assert_array_equal(there.read(its_state, pages).wait(), written)

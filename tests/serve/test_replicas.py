@@ -18,7 +18,7 @@ class FakeReplica:
     info: ModelInfo = INFO
     taken: list[str] = field(default_factory=list[str])
 
-    def submit(self, request: GenerateRequest, sink: Any) -> None:
+    def submit(self, request: GenerateRequest, sink: Any, sending: Any = None) -> None:
         self.taken.append(request.request_id)
 
     def load(self) -> Any:

@@ -40,9 +40,9 @@ class Stack(TierStack):
 
 @pytest.fixture(params=["tensor=1", "stage=2,tensor=4"])
 def host_parts(request):
-    def make_traffic(images):
-        stack = Stack(HostTier(100 * images.image_bytes, images.image_bytes), [])
-        return TierTraffic(stack, images, page_cost)
+    def make_traffic(mover):
+        image_bytes = mover.images.image_bytes
+        return TierTraffic(Stack(HostTier(100 * image_bytes, image_bytes), []), mover, page_cost)
 
     parts = make_parts(
         DENSE,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cache.keys import Key
+from cache.pins import PinsExceedBudget
 from cache.tiers.counts import Drop, Miss, TierReport
 from cache.tiers.fetch import Fetch
 from cache.tiers.folder import Store, open_store
 from cache.tiers.host import HostTier
-from cache.tiers.ledger import PinsExceedBudget
 from cache.tiers.stack import TierStack
 from cache.tiers.store import StoreTier
 from cache.tiers.worth import MOST_LOST, REFUSALS, Worth

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.keys import Key
+from cache.pins import PinsExceedBudget
 from cache.tiers.breaker import FAILURES
 from cache.tiers.counts import Decisions, Drop, Miss, TierReport
 from cache.tiers.folder import Store, open_store
-from cache.tiers.ledger import PinsExceedBudget
 from cache.tiers.record import RecordFormat
 from cache.tiers.store import READ_S, StoreTier
 from cache.tiers.writer import WRITES

@@ -1,0 +1,181 @@
+"""`Transfer` of `proto/weft/v1`: prompts computed for other engines, whose pages are sent at once.
+
+It does not know how an engine computes, or what the receiver does with pages.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, Protocol
+
+import grpc
+
+from cache.keys import PageNames, root_key
+from cache.tiers.record import RecordFormat
+from cache.transfers.chunks import chunks_of
+from cache.transfers.sending import Sending
+from serve.api.grpc_server import Service
+from serve.api.statuses import Context, abort, statuses
+from serve.engine import Sink
+from serve.errors import InvalidRequest, Mismatch
+from serve.front import MAX_NAME_LENGTH, ModelInfo
+from serve.pb import inference_pb2 as pb
+from serve.pb import inference_pb2_grpc as pb_grpc
+from serve.prefill.asking import prefill_request
+from serve.request import FinishReason, GenerateRequest, Output
+
+LONGEST_LEASE_S = 600.0
+
+
+class Engine(Protocol):
+    """What is asked of the engine that computes."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+    def submit(self, request: GenerateRequest, sink: Sink, sending: Sending) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def wake(self) -> None: ...
+
+
+class TransferService(pb_grpc.TransferServicer):
+    def __init__(self, engine: Engine, form: RecordFormat) -> None:
+        self._engine, self._form = engine, form
+
+    @classmethod
+    def of(cls, engine: Engine, form: RecordFormat) -> Service:
+        add = pb_grpc.add_TransferServicer_to_server
+        return Service("Transfer", add, cls(engine, form))
+
+    async def Prefill(  # noqa: N802
+        self, messages: AsyncIterator[pb.PrefillMessage], context: Context
+    ) -> None:
+        async with statuses(context):
+            opening = await anext(aiter(messages), pb.PrefillMessage())
+            if not opening.HasField("request"):
+                raise InvalidRequest("the first message has no request; send the prompt first")
+            departure = _Departure(self._engine, self._form, self._checked(opening.request))
+            await departure.run(messages, context)
+
+    def _checked(self, asked: pb.PrefillRequest) -> pb.PrefillRequest:
+        if asked.fingerprint != self._form.fingerprint:
+            raise Mismatch(
+                f"the pages asked for are {asked.fingerprint.hex()}, those here are "
+                f"{self._form.fingerprint.hex()}; serve one model with one dtype, cache.dtype and "
+                "cache.page_size on both sides"
+            )
+        for name in ("request_id", "tenant", "cache_salt"):
+            if len(getattr(asked, name)) > MAX_NAME_LENGTH:
+                raise InvalidRequest(
+                    f"{name} has {len(getattr(asked, name))} characters; at most "
+                    f"{MAX_NAME_LENGTH} are allowed"
+                )
+        if not 0 < asked.lease_s <= LONGEST_LEASE_S or math.isnan(asked.lease_s):
+            raise InvalidRequest(
+                f"lease_s is {asked.lease_s}; it must be above 0 and at most {LONGEST_LEASE_S:.0f}"
+            )
+        num_pages = (len(asked.token_ids) - 1) // self._engine.info.page_size
+        if asked.first_page >= num_pages:
+            raise InvalidRequest(
+                f"pages from {asked.first_page} on are asked for; a prompt of "
+                f"{len(asked.token_ids)} tokens has {max(num_pages, 0)} that can be sent"
+            )
+        return asked
+
+
+class _Departure:
+    """One prompt's pages on their way to a receiver."""
+
+    def __init__(self, engine: Engine, form: RecordFormat, asked: pb.PrefillRequest) -> None:
+        size = engine.info.page_size
+        num_pages = (len(asked.token_ids) - 1) // size
+        self._engine, self._form = engine, form
+        self._lease_s = asked.lease_s
+        self._request = prefill_request(
+            asked.request_id,
+            asked.token_ids,
+            num_pages,
+            size,
+            tenant=asked.tenant,
+            cache_salt=asked.cache_salt,
+            priority=asked.priority,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._ready: deque[tuple[int, Any] | str] = deque()
+        """Pages that were read, or why there will be no more."""
+        self._changed = asyncio.Event()
+        """Something was read, or taken."""
+        self._sending = Sending(asked.first_page, num_pages, self._deliver, on_lost=self._lose)
+
+    async def run(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
+        names = await asyncio.to_thread(self._submit)
+        following = asyncio.create_task(self._follow(messages))
+        try:
+            for number in range(self._sending.first, self._sending.last):
+                image = await self._next(context)
+                record = self._form.encode(names.keys[number], image)
+                for chunk in chunks_of(number, record):
+                    message = pb.PageChunk(page=number, offset=chunk.offset, data=bytes(chunk.data))
+                    async with asyncio.timeout(self._lease_s):
+                        await context.write(message)
+        except TimeoutError:
+            await abort(
+                context,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"nothing was taken for {self._lease_s} s, as long as the lease; ask again",
+            )
+        finally:
+            following.cancel()
+            self._sending.end()
+            # It may have ended, and an id that is not there is ignored.
+            await asyncio.to_thread(self._engine.abort, self._request.request_id)
+
+    def _submit(self) -> PageNames:
+        """The names of the prompt's pages, which the engine has been asked for."""
+        request = self._request
+        names = PageNames(
+            root_key(request.tenant, request.cache_salt), self._engine.info.page_size
+        )
+        names.extend(request.prompt_ids)
+        self._engine.submit(request, self._sink, self._sending)
+        return names
+
+    async def _next(self, context: Context) -> Any:
+        """The next page's image. Raises TimeoutError when the receiver takes nothing for a lease."""
+        while not self._ready:
+            self._changed.clear()
+            # A prompt may wait for others as long as it takes, for a receiver that is behind only so
+            # long.
+            async with asyncio.timeout(self._lease_s if self._sending.is_blocked else None):
+                await self._changed.wait()
+        item = self._ready.popleft()
+        if isinstance(item, str):
+            await abort(context, grpc.StatusCode.INTERNAL, item)
+        return item[1]
+
+    async def _follow(self, messages: AsyncIterator[pb.PrefillMessage]) -> None:
+        """Notes what the receiver has taken, so that more is read."""
+        with suppress(grpc.RpcError):
+            async for message in messages:
+                self._sending.taken(message.taken.num_pages)
+                self._changed.set()
+                await asyncio.to_thread(self._engine.wake)
+
+    def _deliver(self, number: int, image: Any) -> None:
+        self._put((number, image))
+
+    def _lose(self) -> None:
+        self._put("a page could not be read from the devices; ask another engine")
+
+    def _sink(self, output: Output) -> None:
+        if output.finish_reason is FinishReason.ERROR:
+            self._put(output.error)
+        elif output.finish_reason is FinishReason.CANCELLED:
+            self._put("the prompt was aborted here; ask another engine")
+
+    def _put(self, item: tuple[int, Any] | str) -> None:
+        """From any thread."""
+        self._ready.append(item)
+        with suppress(RuntimeError):  # the loop has closed, and the receiver's call with it
+            self._loop.call_soon_threadsafe(self._changed.set)

@@ -1,0 +1,119 @@
+"""Prefill and decode apart, from configurations: in one process and in two servers."""
+
+import pytest
+
+from serve.api.transfer_service import TransferService
+from serve.build import build_engine
+from serve.front import Front
+from sharding.mesh import MeshError
+from tests.serve.fake_engine import served
+from tests.serve.harness import Answer, greedy
+from tests.serve.test_build import MODEL, configure
+from tools.random_checkpoint import write_random_checkpoint
+
+TIMEOUT_S = 60
+PROMPTS = [[3 + (i * step) % 90 for i in range(length)] for step, length in ((1, 50), (7, 40))]
+SCHEDULE = {"max_batch": 2, "token_budget": 32, "chunk": 16, "max_steps": 1}
+CACHE = {"pages": 12}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    write_random_checkpoint(directory, MODEL, "bfloat16")
+    return directory
+
+
+def configured(checkpoint, split, **sections):
+    model = {"dtype": "float32"}
+    return configure(
+        checkpoint,
+        model=model,
+        schedule=SCHEDULE,
+        cache=CACHE | sections.pop("cache", {}),
+        split=split,
+        **sections,
+    )
+
+
+def answers(engine):
+    engine.start()
+    try:
+        found = [Answer() for _ in PROMPTS]
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, found, strict=True)):
+            engine.submit(greedy(str(i), prompt, 6), answer)
+        assert engine.wait_idle(TIMEOUT_S)
+        return found
+    finally:
+        engine.stop()
+
+
+def tokens(found):
+    return [answer.token_ids for answer in found]
+
+
+def num_sent(found):
+    return [answer.outputs[-1].usage.prefilled_tokens for answer in found]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    return tokens(answers(build_engine(configured(checkpoint, {}), compile_ahead=False)))
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_one_process_prefills_on_devices_of_its_own(checkpoint, expected, data):
+    """For each replica on two, which cut what it has whole."""
+    split = {"role": "decode", "prefill_tensor": 2, "least_tokens": 16}
+    config = configured(checkpoint, split, mesh={"data": data})
+    engine = build_engine(config, compile_ahead=False)
+    found = answers(engine)
+    assert tokens(found) == expected
+    assert num_sent(found) == [48, 32]
+    assert len(engine.transfers()) == data
+    assert engine.load().pages_used == 0
+
+
+def test_everything_is_compiled_before_it_is_served(checkpoint):
+    split = {"role": "decode", "prefill_tensor": 1, "least_tokens": 16}
+    engine = build_engine(configured(checkpoint, split))
+    answers(engine)
+    assert engine.load().compiles_after_warmup == 0
+
+
+def test_two_servers_are_one_endpoint(checkpoint, expected):
+    prefill = build_engine(configured(checkpoint, {"role": "prefill"}), compile_ahead=False)
+    assert prefill.page_form is not None
+    prefill.start()
+    try:
+        services = [TransferService.of(prefill, prefill.page_form)]
+        with served(Front(prefill), services) as address:
+            split = {"role": "decode", "peers": [address], "least_tokens": 16}
+            found = answers(build_engine(configured(checkpoint, split), compile_ahead=False))
+        assert tokens(found) == expected
+        assert num_sent(found) == [48, 32]
+    finally:
+        prefill.stop()
+
+
+@pytest.mark.parametrize("changes", [{"page_size": 8}, {"dtype": "bfloat16"}])
+def test_servers_of_other_pages_do_not_work_together(checkpoint, changes, caplog):
+    prefill = build_engine(configured(checkpoint, {"role": "prefill"}), compile_ahead=False)
+    assert prefill.page_form is not None
+    prefill.start()
+    try:
+        with served(Front(prefill), [TransferService.of(prefill, prefill.page_form)]) as address:
+            split = {"role": "decode", "peers": [address], "least_tokens": 16}
+            config = configured(checkpoint, split, cache=changes)
+            found = answers(build_engine(config, compile_ahead=False))
+        assert num_sent(found) == [0, 0]
+        assert all(len(answer.token_ids) == 6 for answer in found)
+    finally:
+        prefill.stop()
+    assert "cache.page_size on both sides" in caplog.text
+
+
+def test_devices_that_are_not_there_are_refused_before_weights_are_read(checkpoint):
+    split = {"role": "decode", "prefill_tensor": 4, "prefill_stage": 2}
+    with pytest.raises(MeshError, match=r"take 8 devices beside the 1 of .mesh., there are 8"):
+        build_engine(configured(checkpoint, split))

@@ -1,0 +1,47 @@
+"""Every program that docs/context-caching.md shows runs, against the endpoint that it names."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import ROOT, SHOWN_ADDRESS, Block, blocks, run
+
+SHOWN_IN = ROOT / "docs" / "context-caching.md"
+SHOWN = [block for block in blocks(SHOWN_IN.read_text(encoding="utf-8")) if not block.reason]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where an endpoint of configs/serve/tiered.toml listens, with folders of its own."""
+    folder: Path = tmp_path_factory.mktemp("kept")
+    store = f'tiers.stores=[{{name="disk", url="{(folder / "kv").as_uri()}", gib=0.5}}]'
+    changes = ["listen.grpc=127.0.0.1:0", "listen.http=", f"contexts.folder={folder / 'contexts'}"]
+    options = [word for change in (store, *changes) for word in ("--set", change)]
+    code = "import sys; sys.argv[0] = 'weft'; from serve.cli import main; main()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", "configs/serve/tiered.toml", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    with server:
+        greeting = server.stdout.readline()
+        found = re.search(r"\d+\.\d+\.\d+\.\d+:\d+", greeting)
+        assert found, f"the endpoint did not start; it said {greeting!r}"
+        yield found[0]
+        server.send_signal(signal.SIGTERM)
+        server.stdout.read()
+    assert server.returncode == 0
+
+
+@pytest.mark.skipif(not SHOWN, reason=f"{SHOWN_IN.name} shows no program")
+@pytest.mark.parametrize("block", SHOWN, ids=lambda block: f"line {block.line}")
+def test_what_is_shown_works(block: Block, address: str) -> None:
+    assert block.language == "python", "commands are README's to show"
+    run([sys.executable, "-c", block.code.replace(SHOWN_ADDRESS, address)])
