@@ -239,7 +239,12 @@ class _Builder:
             prefill = LocalPrefill(engine, split.least_tokens, split.lease_s)
         elif split.peers:
             prefill = RemotePrefill(
-                split.peers, form, found.page_size, split.least_tokens, split.lease_s
+                split.peers,
+                form,
+                found.page_size,
+                split.least_tokens,
+                split.lease_s,
+                images if split.carrier == "jax" else None,
             )
         return Engine(
             info,

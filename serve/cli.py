@@ -269,6 +269,37 @@ def cache(
     print(report.to_json() if json else report.to_markdown())
 
 
+@bench.command()
+def split(
+    model: Annotated[Path | None, typer.Argument(help="models/demo unless told.")] = None,
+    overrides: Overrides = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 768,
+    prompts: Annotated[int, typer.Option(min=1, help="Long prompts of a round.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="Others, that decode meanwhile.")] = 4,
+    rounds: Annotated[int, typer.Option(min=0, help="Figures are medians of as many.")] = 5,
+    soak: Annotated[int, typer.Option(min=0, help="Requests with cancels and kills.")] = 1000,
+    json: Json = False,
+) -> None:
+    """Compute prompts apart from where they are decoded, and compare with one engine.
+
+    Exits 1 if a request was lost, or anything left behind.
+    """
+    from bench.split import run
+    from bench.split_load import Load
+    from bench.split_soak import Soak
+
+    report = run(
+        model,
+        overrides or [],
+        Load(num_prompt=prompt, num_prompts=prompts, num_streams=streams),
+        rounds,
+        Soak(num_requests=soak),
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_json() if json else report.to_markdown())
+    raise typer.Exit(0 if report.is_clean else 1)
+
+
 @app.command()
 def mesh(
     path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A TOML file, or several.")],

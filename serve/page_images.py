@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import bitcast_convert_type
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from cache.pages import NULL_PAGE
@@ -129,6 +129,25 @@ class PageImages:
             arrays = self._to_whole([image for _, image in some], len(targets))
             state = self._write_program(state, targets, arrays)
         return state
+
+    def on_one_device(self, num_places: int) -> list[jax.ShapeDtypeStruct]:
+        """Whole arrays of so many pages on the mesh's first device."""
+        device = SingleDeviceSharding(self._programs.mesh.devices.flat[0])
+        return [
+            jax.ShapeDtypeStruct(
+                (part.shape[0], num_places, *part.shape[1:]), part.bits, sharding=device
+            )
+            for part in self._parts
+        ]
+
+    def to_mesh(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Whole arrays as they lie on the mesh."""
+        return jax.device_put(list(arrays), self._whole)
+
+    @staticmethod
+    def checksums(arrays: Sequence[jax.Array]) -> list[int]:
+        """32 bits of each page in whole arrays, whose loss or exchange of numbers they tell."""
+        return np.asarray(_checksums(list(arrays))).tolist()
 
     def to_images(self, arrays: Sequence[NDArray[Any]], num: int) -> list[Image]:
         """The first `num` pages of whole arrays."""
@@ -259,6 +278,17 @@ class Reading:
             for num, arrays in self._batches
             for image in self._images.to_images([np.asarray(array) for array in arrays], num)
         ]
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> jax.Array:
+    def of_part(array: jax.Array) -> jax.Array:
+        by_page = array.swapaxes(0, 1).reshape(array.shape[1], -1).astype(jnp.uint32)
+        # Odd, so that no bit of any number is lost.
+        weights = 2 * jnp.arange(by_page.shape[1], dtype=jnp.uint32) + 1
+        return (by_page * weights).sum(1, dtype=jnp.uint32)
+
+    return jnp.stack([31**i * of_part(array) for i, array in enumerate(arrays)]).sum(0)
 
 
 def _batches[T](pages: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -131,7 +131,8 @@ class Runner:
         for sending, some in groupby(sends, lambda send: send.sending):
             numbers, pages = zip(*((send.number, send.page) for send in some), strict=True)
             then = partial(_deliver, sending, numbers)
-            mover.read(self._state, pages, then, mover.destination)
+            destination = mover.images if sending.stays_on_devices else mover.destination
+            mover.read(self._state, pages, then, destination)
 
     def compile_all(
         self, progress: Callable[[str, int, int], None] = lambda name, done, kept: None

@@ -65,6 +65,13 @@ class Assembler:
         self._record = bytearray()
         return image
 
+    def add_whole(self, page: int) -> None:
+        """The next page came in another way. Raises BrokenTransfer."""
+        expected = self._first + self._num_whole
+        if page != expected or self._num_whole == len(self._keys) or self._record:
+            raise BrokenTransfer(Miss.CORRUPT, f"page {page} came where {expected} should have")
+        self._num_whole += 1
+
     def finish(self) -> None:
         """Nothing more comes. Raises BrokenTransfer where something is missing."""
         if self._num_whole < len(self._keys):

@@ -24,13 +24,15 @@ class Sending:
         deliver: Callable[[int, Any], None],
         window: int = WINDOW,
         on_lost: Callable[[], None] = lambda: None,
+        stays_on_devices: bool = False,
     ) -> None:
         """`deliver(number, image)` is called from a thread of the engine's, `on_lost` instead when a
-        page could not be read."""
+        page could not be read. An image is bytes, or where it is to stay on devices whatever the
+        engine has there."""
         if not 0 <= first < last:
             raise ValueError(f"pages {first} to {last - 1} are none; ask for one or more")
         self.first, self.last = first, last
-        self.deliver = deliver
+        self.deliver, self.stays_on_devices = deliver, stays_on_devices
         self.next = first
         """The page to be read next."""
         self.num_taken = 0

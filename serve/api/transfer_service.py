@@ -6,13 +6,13 @@ It does not know how an engine computes, or what the receiver does with pages.
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Any, Protocol
 
 import grpc
 
-from cache.keys import PageNames, root_key
+from cache.keys import Key, PageNames, root_key
 from cache.tiers.record import RecordFormat
 from cache.transfers.chunks import chunks_of
 from cache.transfers.sending import Sending
@@ -24,6 +24,7 @@ from serve.front import MAX_NAME_LENGTH, ModelInfo
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
 from serve.prefill.asking import prefill_request
+from serve.prefill.pulls import Offers
 from serve.request import FinishReason, GenerateRequest, Output
 
 LONGEST_LEASE_S = 600.0
@@ -40,13 +41,14 @@ class Engine(Protocol):
 
 
 class TransferService(pb_grpc.TransferServicer):
-    def __init__(self, engine: Engine, form: RecordFormat) -> None:
-        self._engine, self._form = engine, form
+    def __init__(self, engine: Engine, form: RecordFormat, host: str = "127.0.0.1") -> None:
+        """`host` is where pages that stay on devices are offered."""
+        self._engine, self._form, self._host = engine, form, host
 
     @classmethod
-    def of(cls, engine: Engine, form: RecordFormat) -> Service:
+    def of(cls, engine: Engine, form: RecordFormat, host: str = "127.0.0.1") -> Service:
         add = pb_grpc.add_TransferServicer_to_server
-        return Service("Transfer", add, cls(engine, form))
+        return Service("Transfer", add, cls(engine, form, host))
 
     async def Prefill(  # noqa: N802
         self, messages: AsyncIterator[pb.PrefillMessage], context: Context
@@ -55,7 +57,9 @@ class TransferService(pb_grpc.TransferServicer):
             opening = await anext(aiter(messages), pb.PrefillMessage())
             if not opening.HasField("request"):
                 raise InvalidRequest("the first message has no request; send the prompt first")
-            departure = _Departure(self._engine, self._form, self._checked(opening.request))
+            asked = self._checked(opening.request)
+            offers = Offers(self._host) if asked.offers else None
+            departure = _Departure(self._engine, self._form, asked, offers)
             await departure.run(messages, context)
 
     def _checked(self, asked: pb.PrefillRequest) -> pb.PrefillRequest:
@@ -87,10 +91,16 @@ class TransferService(pb_grpc.TransferServicer):
 class _Departure:
     """One prompt's pages on their way to a receiver."""
 
-    def __init__(self, engine: Engine, form: RecordFormat, asked: pb.PrefillRequest) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        form: RecordFormat,
+        asked: pb.PrefillRequest,
+        offers: Offers | None,
+    ) -> None:
         size = engine.info.page_size
         num_pages = (len(asked.token_ids) - 1) // size
-        self._engine, self._form = engine, form
+        self._engine, self._form, self._offers = engine, form, offers
         self._lease_s = asked.lease_s
         self._request = prefill_request(
             asked.request_id,
@@ -106,7 +116,13 @@ class _Departure:
         """Pages that were read, or why there will be no more."""
         self._changed = asyncio.Event()
         """Something was read, or taken."""
-        self._sending = Sending(asked.first_page, num_pages, self._deliver, on_lost=self._lose)
+        self._sending = Sending(
+            asked.first_page,
+            num_pages,
+            self._deliver,
+            on_lost=self._lose,
+            stays_on_devices=offers is not None,
+        )
 
     async def run(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
         names = await asyncio.to_thread(self._submit)
@@ -114,9 +130,7 @@ class _Departure:
         try:
             for number in range(self._sending.first, self._sending.last):
                 image = await self._next(context)
-                record = self._form.encode(names.keys[number], image)
-                for chunk in chunks_of(number, record):
-                    message = pb.PageChunk(page=number, offset=chunk.offset, data=bytes(chunk.data))
+                async for message in self._messages(number, names.keys[number], image):
                     async with asyncio.timeout(self._lease_s):
                         await context.write(message)
         except TimeoutError:
@@ -131,22 +145,28 @@ class _Departure:
             # It may have ended, and an id that is not there is ignored.
             await asyncio.to_thread(self._engine.abort, self._request.request_id)
 
+    async def _messages(self, number: int, key: Key, image: Any) -> AsyncGenerator[pb.PageChunk]:
+        """A page on the wire."""
+        if self._offers is not None:
+            offer = await asyncio.to_thread(self._offers.of, image)
+            yield pb.PageChunk(page=number, offer=offer)
+            return
+        for chunk in chunks_of(number, self._form.encode(key, image)):
+            yield pb.PageChunk(page=number, offset=chunk.offset, data=bytes(chunk.data))
+
     def _submit(self) -> PageNames:
         """The names of the prompt's pages, which the engine has been asked for."""
         request = self._request
-        names = PageNames(
-            root_key(request.tenant, request.cache_salt), self._engine.info.page_size
-        )
+        names = PageNames(root_key(request.tenant, request.cache_salt), self._engine.info.page_size)
         names.extend(request.prompt_ids)
         self._engine.submit(request, self._sink, self._sending)
         return names
 
     async def _next(self, context: Context) -> Any:
-        """The next page's image. Raises TimeoutError when the receiver takes nothing for a lease."""
+        """The next page's image. Raises TimeoutError when the receiver is behind for a lease."""
         while not self._ready:
             self._changed.clear()
-            # A prompt may wait for others as long as it takes, for a receiver that is behind only so
-            # long.
+            # A prompt may wait for others as long as it takes, for its receiver only so long.
             async with asyncio.timeout(self._lease_s if self._sending.is_blocked else None):
                 await self._changed.wait()
         item = self._ready.popleft()

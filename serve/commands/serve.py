@@ -66,7 +66,7 @@ async def _serve(
 ) -> None:
     services = [ContextsService.of(contexts)] if contexts else []
     if engine.page_form is not None:
-        services = [TransferService.of(engine, engine.page_form)]
+        services = [TransferService.of(engine, engine.page_form, listen.grpc.rpartition(":")[0])]
     server = GrpcServer(front, listen.grpc, services)
     await server.start()
     try:

@@ -455,7 +455,7 @@ class PrefillMessage(_message.Message):
     def __init__(self, request: _Optional[_Union[PrefillRequest, _Mapping]] = ..., taken: _Optional[_Union[PagesTaken, _Mapping]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "tenant", "cache_salt", "priority", "first_page", "fingerprint", "lease_s")
+    __slots__ = ("request_id", "token_ids", "tenant", "cache_salt", "priority", "first_page", "fingerprint", "lease_s", "offers")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -464,6 +464,7 @@ class PrefillRequest(_message.Message):
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     tenant: str
@@ -472,7 +473,8 @@ class PrefillRequest(_message.Message):
     first_page: int
     fingerprint: bytes
     lease_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    offers: bool
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., lease_s: _Optional[float] = ..., offers: _Optional[bool] = ...) -> None: ...
 
 class PagesTaken(_message.Message):
     __slots__ = ("num_pages",)
@@ -481,11 +483,27 @@ class PagesTaken(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ...) -> None: ...
 
 class PageChunk(_message.Message):
-    __slots__ = ("page", "offset", "data")
+    __slots__ = ("page", "offset", "data", "offer")
     PAGE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
     page: int
     offset: int
     data: bytes
-    def __init__(self, page: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    offer: PageOffer
+    def __init__(self, page: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., offer: _Optional[_Union[PageOffer, _Mapping]] = ...) -> None: ...
+
+class PageOffer(_message.Message):
+    __slots__ = ("port", "id", "place", "num_places", "checksum")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PLACES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    id: int
+    place: int
+    num_places: int
+    checksum: int
+    def __init__(self, port: _Optional[int] = ..., id: _Optional[int] = ..., place: _Optional[int] = ..., num_places: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...

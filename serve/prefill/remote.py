@@ -20,9 +20,11 @@ from cache.transfers.arrivals import Arrivals
 from cache.transfers.chunks import Assembler, BrokenTransfer, Chunk
 from cache.transfers.counts import Outcome, TransferCounts
 from serve import plan
+from serve.page_images import PageImages
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
 from serve.prefill.asking import Tally, request_of
+from serve.prefill.pulls import Pulls
 from serve.request import GenerateRequest
 
 log = logging.getLogger("weft")
@@ -53,6 +55,8 @@ class _Peer:
         self.breaker = Breaker(f"prefill at {address}", LONGEST_OFF_S)
         self.num_left = 0
         """Pages that it has yet to send us."""
+        self.may_offer = True
+        """Its pages may stay on devices: until that went wrong once."""
         # Not grpc.aio's: of that a process can't have one event loop that serves and another that
         # asks ("Internal error from Core", grpcio 1.85.1).
         self.channel = grpc.insecure_channel(address, options=_OPTIONS)
@@ -69,14 +73,16 @@ class RemotePrefill:
         page_size: int,
         least_tokens: int,
         lease_s: float,
+        destination: PageImages | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prompts of which fewer than `least_tokens` are to be computed aren't worth the way; if
-        nothing comes for `lease_s`, the asking engine computes them."""
+        nothing comes for `lease_s`, the asking engine computes them. With a `destination` pages are
+        to come from device to device (pulls.py)."""
         self._peers = [_Peer(address) for address in addresses]
         self._form, self._page_size = form, page_size
         self._least_tokens, self._lease_s = least_tokens, lease_s
-        self._clock = clock
+        self._destination, self._clock = destination, clock
         self._tally = Tally()
         self._wake: Callable[[], None] = lambda: None
         self._threads = ThreadPoolExecutor(MOST_TRANSFERS, thread_name_prefix="weft-prefill")
@@ -124,7 +130,13 @@ class RemotePrefill:
             default=None,
         )
 
-    def opening(self, request: GenerateRequest, first: int) -> pb.PrefillMessage:
+    def pulls(self, peer: _Peer) -> Pulls | None:
+        """What brings pages that stay on devices, if they may."""
+        if self._destination is None or not peer.may_offer:
+            return None
+        return Pulls(peer.address.rpartition(":")[0], self._destination, self._lease_s)
+
+    def opening(self, request: GenerateRequest, first: int, offers: bool) -> pb.PrefillMessage:
         return pb.PrefillMessage(
             request=pb.PrefillRequest(
                 request_id=request.request_id,
@@ -135,6 +147,7 @@ class RemotePrefill:
                 first_page=first,
                 fingerprint=self._form.fingerprint,
                 lease_s=self._lease_s,
+                offers=offers,
             )
         )
 
@@ -217,21 +230,35 @@ class _Transfer:
         """What is missing. Raises BrokenTransfer and grpc.RpcError."""
         first = self._first + self._num_before
         assembler = self._home.assembler(self._keys[self._num_before :], first)
+        pulls = self._home.pulls(peer)
         told = self._told = SimpleQueue()
-        told.put(self._home.opening(self._request, first))
+        told.put(self._home.opening(self._request, first, pulls is not None))
         call = self._call = peer.prefill(iter(told.get, None))
         try:
             if self._is_cancelled:
                 call.cancel()
             for chunk in call:
-                image = assembler.add(Chunk(chunk.page, chunk.offset, chunk.data))
-                if image is not None:
-                    self._home.tally.arrived(image.nbytes)
-                    self.arrivals.accept(image)
+                if pulls is not None and chunk.HasField("offer"):
+                    page = pulls.take(chunk.offer)
+                    assembler.add_whole(chunk.page)
+                    self._accept(page, 0)
+                else:
+                    image = assembler.add(Chunk(chunk.page, chunk.offset, chunk.data))
+                    if image is not None:
+                        self._accept(image, image.nbytes)
             assembler.finish()
+        except Exception:
+            if pulls is not None and not self._is_cancelled:
+                peer.may_offer = False
+                log.warning("pages from %s come over gRPC from now on", peer.address)
+            raise
         finally:
             told.put(None)
             call.cancel()
+
+    def _accept(self, page: Any, num_bytes: int) -> None:
+        self._home.tally.arrived(num_bytes)
+        self.arrivals.accept(page)
 
 
 def _count_failure(peer: _Peer, error: Any, now_s: float) -> None:

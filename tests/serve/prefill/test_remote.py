@@ -96,6 +96,22 @@ class FaultyContext:
                 data = bytearray(message.data)
                 data[12] ^= 1
                 return [pb.PageChunk(page=message.page, offset=message.offset, data=bytes(data))]
+            case "checksum":
+                message.offer.checksum ^= 1
+                return [message]
+            case "place":
+                message.offer.place = 32
+                return [message]
+            case "places":
+                message.offer.id += 1_000
+                message.offer.num_places = 5
+                return [message]
+            case "number":
+                message.page += 1
+                return [message]
+            case "id":
+                message.offer.id += 1_000
+                return [message]
             case "hang":
                 self._faults.held.wait(TIMEOUT_S)
                 return [message]
@@ -148,7 +164,15 @@ def decoding():
 
 
 @contextmanager
-def far_sides(computing, decoding, num_peers=1, more_peers=(), lease_s=TIMEOUT_S, key=FORM_KEY):
+def far_sides(
+    computing,
+    decoding,
+    num_peers=1,
+    more_peers=(),
+    lease_s=TIMEOUT_S,
+    key=FORM_KEY,
+    stays_on_devices=False,
+):
     service = FaultyService(computing, computing.page_form)
     service.faults = Faults()
     form = RecordFormat(key, computing.page_form.image_bytes)
@@ -156,7 +180,8 @@ def far_sides(computing, decoding, num_peers=1, more_peers=(), lease_s=TIMEOUT_S
         services = [TransferService.of(computing, computing.page_form)._replace(servicer=service)]
         found = [stack.enter_context(served(Front(computing), services)) for _ in range(num_peers)]
         addresses = [*more_peers, *found]
-        prefill = RemotePrefill(addresses, form, PAGE_SIZE, LEAST_TOKENS, lease_s)
+        destination = decoding.mover.images if stays_on_devices else None
+        prefill = RemotePrefill(addresses, form, PAGE_SIZE, LEAST_TOKENS, lease_s, destination)
         engine = decoding.engine(prefill=prefill)
         prefill.start(engine.wake)
         engine._thread.start()
@@ -291,6 +316,44 @@ def test_requests_that_end_at_any_moment_leave_nothing(computing, decoding, sing
             if answer.finish_reason is FinishReason.CANCELLED:
                 tokens = tokens[: len(answer.token_ids)]
             assert answer.token_ids == tokens
+
+
+def test_pages_that_stay_on_devices_come_without_a_byte_over_grpc(computing, decoding, expected):
+    with far_sides(computing, decoding, stays_on_devices=True) as sides:
+        [answer] = sides.answers([REQUEST])
+        assert answer.token_ids == expected
+        assert num_sent(answer) == 96
+        counts = sides.decode.transfers()[0]
+        assert counts.outcomes == {Outcome.COMPLETE: 1}
+        assert (counts.pages, counts.bytes) == (6, 0)
+
+
+@pytest.mark.parametrize("fault", ["checksum", "place", "places", "number"])
+def test_an_offer_that_is_wrong_is_the_last_of_its_sender(
+    computing, decoding, expected, fault, caplog
+):
+    """What it would have brought is computed; the next prompt comes over gRPC."""
+    with far_sides(computing, decoding, stays_on_devices=True) as sides:
+        sides.service.faults = Faults(fault, 2, left=1)
+        [answer] = sides.answers([REQUEST])
+        assert answer.token_ids == expected
+        assert num_sent(answer) == 2 * PAGE_SIZE
+        assert sides.outcomes() == {Outcome.BROKEN: 1}
+        sides.flush()
+        [answer] = sides.answers([REQUEST])
+        assert num_sent(answer) == 96
+        assert sides.decode.transfers()[0].bytes == 6 * sides.form.image_bytes
+    assert "come over gRPC from now on" in caplog.text
+
+
+def test_arrays_that_never_come_are_waited_for_no_longer_than_a_lease(
+    computing, decoding, expected
+):
+    with far_sides(computing, decoding, stays_on_devices=True, lease_s=0.5) as sides:
+        sides.service.faults = Faults("id", 0, left=1)
+        [answer] = sides.answers([REQUEST])
+        assert answer.token_ids == expected
+        assert num_sent(answer) == 0
 
 
 @contextmanager
