@@ -99,10 +99,10 @@ class PageImages:
         the devices of `destination`, which serves the same model."""
         batches: list[tuple[int, list[jax.Array]]] = []
         for some in _batches(pages):
-            arrays = self._read_program(state.pages, _padded(some))
+            arrays = self.jit_read(state.pages, _padded(some))
             if destination is not None:
                 # From mesh to mesh, each cut as it needs to be.
-                arrays = jax.device_put(arrays, destination._whole)
+                arrays = jax.device_put(arrays, destination.whole)
             else:
                 for array in arrays:
                     array.copy_to_host_async()
@@ -123,26 +123,28 @@ class PageImages:
                 here.append((page, image))
         for arrays, places in moved.values():
             targets = [places.get(place, NULL_PAGE) for place in range(arrays[0].shape[1])]
-            state = self._write_program(state, np.array(targets, np.int32), arrays)
+            state = self.jit_write(state, np.array(targets, np.int32), arrays)
         for some in _batches(here):
             targets = _padded([page for page, _ in some])
             arrays = self._to_whole([image for _, image in some], len(targets))
-            state = self._write_program(state, targets, arrays)
+            state = self.jit_write(state, targets, arrays)
         return state
 
-    def on_one_device(self, num_places: int) -> list[jax.ShapeDtypeStruct]:
-        """Whole arrays of so many pages on the mesh's first device."""
-        device = SingleDeviceSharding(self._programs.mesh.devices.flat[0])
+    def whole_shapes(self, num_places: int) -> list[jax.ShapeDtypeStruct]:
+        """Whole arrays of so many pages."""
         return [
-            jax.ShapeDtypeStruct(
-                (part.shape[0], num_places, *part.shape[1:]), part.bits, sharding=device
-            )
+            jax.ShapeDtypeStruct((part.shape[0], num_places, *part.shape[1:]), part.bits)
             for part in self._parts
         ]
 
+    def on_one_device(self, num_places: int) -> list[jax.ShapeDtypeStruct]:
+        """The same, on the mesh's first device."""
+        device = SingleDeviceSharding(self._programs.mesh.devices.flat[0])
+        return [shape.update(sharding=device) for shape in self.whole_shapes(num_places)]
+
     def to_mesh(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Whole arrays as they lie on the mesh."""
-        return jax.device_put(list(arrays), self._whole)
+        return jax.device_put(list(arrays), self.whole)
 
     @staticmethod
     def checksums(arrays: Sequence[jax.Array]) -> list[int]:
@@ -186,7 +188,7 @@ class PageImages:
         ]
 
     @cached_property
-    def _whole(self) -> list[NamedSharding]:
+    def whole(self) -> list[NamedSharding]:
         """How whole arrays lie on the mesh, by part."""
         partition = self._programs.partition
         layers = None if partition.config.num_layers % partition.stages else STAGE
@@ -195,7 +197,8 @@ class PageImages:
         return self._programs.shardings([cut] * len(self._parts))
 
     @cached_property
-    def _read_program(self) -> Any:
+    def jit_read(self) -> Any:
+        """(pages of all places, numbers of N pages) -> whole arrays."""
         partition = self._programs.partition
 
         def whole(places: list[jax.Array]) -> jax.Array:
@@ -218,10 +221,11 @@ class PageImages:
 
         state = self._programs.shardings(self._programs.argument_cuts()[1])
         numbers = self._programs.shardings(REPLICATED)
-        return jax.jit(read, in_shardings=(state.pages, numbers), out_shardings=self._whole)
+        return jax.jit(read, in_shardings=(state.pages, numbers), out_shardings=self.whole)
 
     @cached_property
-    def _write_program(self) -> Any:
+    def jit_write(self) -> Any:
+        """(state, numbers of N pages, whole arrays) -> state, donated."""
         partition = self._programs.partition
         stages, places = partition.stages, partition.layers_per_stage
 
@@ -252,7 +256,7 @@ class PageImages:
         numbers = self._programs.shardings(REPLICATED)
         return jax.jit(
             write,
-            in_shardings=(state, numbers, self._whole),
+            in_shardings=(state, numbers, self.whole),
             out_shardings=state,
             donate_argnums=0,
         )

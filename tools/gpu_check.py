@@ -20,7 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from model.kernel_choice import kernels_for
@@ -30,8 +32,10 @@ from plan.compiled import Kind, Operation, Program, examine, launches
 from plan.described import CompilerMissing, compile_described, described_mesh
 from plan.models import load_model
 from serve.limits import Limits
+from serve.page_images import PageImages
 from serve.programs import CacheShape, Programs
 from sharding.mesh import MeshShape
+from sharding.rules import REPLICATED
 from tools.budgets import (
     BudgetError,
     Case,
@@ -70,6 +74,10 @@ STEPS = {
     "narrow": StepShape(64, 1, LIMITS.chunk // 16, 1),
 }
 """Decode rows, or prefill rows of 512 tokens (one of 32 where it is narrow), or both."""
+MOVES = ("copy pages", "read pages", "write pages")
+"""What goes on between steps: up to as many copies as a step admits, and pages to tiers and other
+engines, or from them. Of one model, since they know nothing of it but a page's size."""
+NUM_MOVED = 4
 
 ALONE = {
     "llama-3.1-8b int8": ("decode 1", "decode 64", "prefill"),
@@ -82,12 +90,14 @@ these steps: that is minutes less."""
 
 
 def _is_checked(model: str, mesh: str, step: str) -> bool:
+    if step in MOVES:
+        return model == MODELS[0]
     if model in ALONE:
         return mesh == str(MeshShape()) and step in ALONE[model]
     return mesh == str(MeshShape()) or step not in ("decode 1", "loop 64", "narrow")
 
 
-CASES = [case for case in product(MODELS, MESHES, STEPS) if _is_checked(*case)]
+CASES = [case for case in product(MODELS, MESHES, (*STEPS, *MOVES)) if _is_checked(*case)]
 """One row and the loop differ from 64 rows in what one device shows."""
 
 FEW, MORE = 2, 4
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case = (models[0], meshes[0], arguments.list)
             print("\n".join(listing(*(compile_case(case, layers) for layers in (FEW, MORE)))))
             return 0
-        chosen = product(models, meshes, arguments.step or STEPS)
+        chosen = product(models, meshes, arguments.step or (*STEPS, *MOVES))
         return check([case for case in chosen if case in CASES], BUDGETS, arguments.update)
     except (BudgetError, CompilerMissing) as error:
         print(f"gpu-check: {error}", file=sys.stderr)
@@ -167,9 +177,7 @@ def case_cost(case: Case) -> Cost:
 def compile_case(case: Case, layers: int) -> Program:
     """The step with `layers` layers on each stage."""
     model, mesh, step = case
-    shape, step_shape = MESHES[mesh], STEPS[step]
-    if 0 < step_shape.num_decode < shape.stage:
-        step_shape = replace(step_shape, num_decode=shape.stage)  # a row for each micro-batch
+    shape = MESHES[mesh]
     name, _, form = model.partition(" ")
     quantization, _, products = form.partition(" ")
     config = replace(load_model(name, layers * shape.stage), quantization=quantization or None)
@@ -183,12 +191,32 @@ def compile_case(case: Case, layers: int) -> Program:
         dtype=jnp.bfloat16,
         asked_kernels=kernels_for("gpu", {"small_matmul": products or "auto"}),
     )
-    compiled = compile_described(
-        programs.jit_step(step_shape),
-        programs.abstract_arguments(step_shape),
-        programs.shardings(programs.argument_cuts()),
-    )
-    return examine(compiled)
+    return examine(compile_described(*_program(programs, step)))
+
+
+def _program(programs: Programs, step: str) -> tuple[Any, Any, Any]:
+    """What is jitted, and its arguments as shapes and where they lie."""
+    state, cut = programs.abstract_state(), programs.shardings(programs.argument_cuts()[1])
+    whole = programs.shardings(REPLICATED)
+    numbers = jax.ShapeDtypeStruct((NUM_MOVED,), jnp.int32)
+    images = PageImages(programs)
+    match step:
+        case "copy pages":
+            most = jax.ShapeDtypeStruct((LIMITS.max_chunk_rows,), jnp.int32)
+            num = jax.ShapeDtypeStruct((), jnp.int32)
+            return programs.jit_copy(), (state, most, most, num), (cut, whole, whole, whole)
+        case "read pages":
+            return images.jit_read, (state.pages, numbers), (cut.pages, whole)
+        case "write pages":
+            arguments = (state, numbers, images.whole_shapes(NUM_MOVED))
+            return images.jit_write, arguments, (cut, whole, images.whole)
+        case _:
+            shape = STEPS[step]
+            if 0 < shape.num_decode < programs.partition.stages:
+                # A row for each micro-batch.
+                shape = replace(shape, num_decode=programs.partition.stages)
+            arguments = programs.abstract_arguments(shape)
+            return programs.jit_step(shape), arguments, programs.shardings(programs.argument_cuts())
 
 
 def cost_of(few: Program, more: Program) -> Cost:
@@ -310,7 +338,7 @@ def _shown(traffic: Traffic) -> str:
 def _command(cases: Sequence[Case]) -> str:
     """What rewrites the budgets of `cases` alone."""
     chosen = [sorted(set(part)) for part in zip(*cases, strict=True)]
-    every = [sorted(MODELS), sorted(MESHES), sorted(STEPS)]
+    every = [sorted(MODELS), sorted(MESHES), sorted((*STEPS, *MOVES))]
     words = ["--update"]
     for option, some, whole in zip(("--model", "--mesh", "--step"), chosen, every, strict=True):
         if some != whole:
@@ -322,9 +350,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--mesh", action="append", choices=MESHES)
-    parser.add_argument("--step", action="append", choices=STEPS)
+    parser.add_argument("--step", action="append", choices=(*STEPS, *MOVES))
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name}")
-    parser.add_argument("--list", metavar="STEP", choices=STEPS, help="print a layer's work")
+    parser.add_argument(
+        "--list", metavar="STEP", choices=(*STEPS, *MOVES), help="print a layer's work"
+    )
     return parser.parse_args(argv)
 
 
