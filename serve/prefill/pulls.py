@@ -49,7 +49,7 @@ class Offers:
     def of(self, page: DevicePage) -> pb.PageOffer:
         """Waits for what is computed of it."""
         if page.arrays is not self._arrays:
-            device = next(iter(page.arrays[0].sharding.device_set))
+            device = min(page.arrays[0].sharding.device_set, key=lambda device: device.id)
             alone = jax.device_put(page.arrays, device)
             self._arrays, self._id = page.arrays, next(self._numbers)
             self._checksums = PageImages.checksums(alone)

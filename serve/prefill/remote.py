@@ -33,6 +33,8 @@ MOST_ATTEMPTS = 2
 """Engines that are asked for one prompt; what the first sent is not asked for again."""
 LONGEST_OFF_S = 10.0
 """An engine that is back is asked again as soon."""
+WELL = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
+"""An engine that is busy, or has no room for this prompt, may be asked for the next."""
 MOST_TRANSFERS = 64
 """At once, each with a thread of its own."""
 
@@ -262,7 +264,7 @@ class _Transfer:
 
 
 def _count_failure(peer: _Peer, error: Any, now_s: float) -> None:
-    """With the status first, by which a Breaker tells reasons apart. One that is busy is well."""
+    """With the status first, by which a Breaker tells reasons apart."""
     code: grpc.StatusCode = error.code()
-    if code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if code not in WELL:
         peer.breaker.failed(ConnectionError(f"{code.name}: {error.details()}"), now_s)

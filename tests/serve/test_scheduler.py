@@ -459,11 +459,13 @@ class Server:
         """The first in order are admitted, the last are preempted."""
         running = self.scheduler.running
         assert running == sorted(running, key=precedence)
-        preempted = [sequence for sequence in before if sequence not in running]
+        # Who waits for pages may find room at once where others have computed them meanwhile.
+        stayed = [sequence for sequence in running if sequence not in plan.admitted]
+        preempted = [sequence for sequence in before if sequence not in stayed]
         assert len(preempted) == self.scheduler.num_preemptions - num_preemptions
         assert preempted == before[len(before) - len(preempted) :]
         # Where receivers hold pages, there may be too few for the first alone.
-        if not is_held:
+        if not is_held and not self.scheduler.sends.held:
             assert not preempted or preempted[0] is not before[0], "the first in order goes on"
         admitted = [sequence.request.priority for sequence in plan.admitted]
         assert admitted == sorted(admitted)
@@ -654,6 +656,8 @@ def test_every_request_is_given_what_it_would_be_given_alone(scenario):
     # Nobody starves: the first in order is given a token a step, or waits for results; what was
     # preempted is computed again. Half of this was never reached in thousands of histories.
     total = sum(len(one.prompt_ids) + 12 for one in some.requests.values())
+    if scenario.prefiller:
+        total *= 2  # a page that another computes comes a step after the last
     some.finish(max_steps=22 + total * (1 + scenario.lateness))
     for name in some.requests:
         some.check_answer(name)
