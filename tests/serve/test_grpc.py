@@ -575,3 +575,20 @@ def test_the_generated_code_is_that_of_the_proto(tmp_path: Path):
     for path in written:
         committed = (ROOT / PACKAGE / path.name).read_text()
         assert path.read_text() == committed, "run python -m tools.generate_proto"
+
+
+def test_a_client_that_asks_often_whether_the_server_is_there_keeps_its_connection():
+    """gRPC takes it for abuse unless told otherwise, and hangs up ("too_many_pings")."""
+    options = (
+        ("grpc.keepalive_time_ms", 100),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+    states: list[grpc.ChannelConnectivity] = []
+    with FakeEngine() as engine, served(Front(engine)) as address:
+        with grpc.insecure_channel(address, options=options) as channel:
+            channel.subscribe(states.append, try_to_connect=True)
+            grpc.channel_ready_future(channel).result(TIMEOUT_S)
+            time.sleep(1.0)
+            assert states[-1] is grpc.ChannelConnectivity.READY
+            assert states.count(grpc.ChannelConnectivity.READY) == 1
