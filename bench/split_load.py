@@ -175,7 +175,11 @@ def figures_of(played: Played, alone: Alone) -> Figures:
     """What clients noticed. Raises RequestError where too little happened to say."""
     longs = [one for one in played.served if one.is_long]
     streams = [one for one in played.served if not one.is_long]
-    ended = [one for one in played.served if played.begin_s <= (one.ended_s or 0) <= played.end_s]
+    ended = [
+        one
+        for one in played.served
+        if one.ended_s is not None and played.begin_s <= one.ended_s <= played.end_s
+    ]
     shorts = [
         one.first_s
         for one in streams

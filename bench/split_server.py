@@ -2,16 +2,19 @@
 
     python -m bench.split_server < CONFIG_JSON
 
-It does not know who asks it.
+It ends when whoever started it does. It does not know who asks it.
 """
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from plan.machine import ROOT
 from serve.client import Client
@@ -19,6 +22,7 @@ from serve.config import ServeConfig, make_config, override_config
 from serve.errors import RequestError, Unavailable
 from serve.request import Load
 
+COMMAND = (sys.executable, "-m", "bench.split_server")
 START_S = 300.0
 """Until it serves: with nothing kept, its programs are compiled."""
 STOP_S = 30.0
@@ -33,21 +37,20 @@ class PrefillServer:
         listen = [f"listen.grpc={self.address}", "listen.http=", "listen.grace_s=1"]
         self._config = override_config(config, listen)
         self._process: subprocess.Popen[str] | None = None
-        self._said = tempfile.TemporaryFile(mode="w+")
 
     def start(self) -> None:
         """Returns at once."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.split_server"],
+            COMMAND,
             stdin=subprocess.PIPE,
-            stdout=self._said,
-            stderr=self._said,
+            stdout=subprocess.DEVNULL,
             cwd=ROOT,
             text=True,
         )
         assert self._process.stdin is not None, "it was asked for"
-        with self._process.stdin as stdin:
-            stdin.write(self._config.model_dump_json(exclude_unset=True))
+        # It stays open: at its end the process ends.
+        self._process.stdin.write(self._config.model_dump_json(exclude_unset=True) + "\n")
+        self._process.stdin.flush()
 
     def wait_ready(self) -> None:
         """Raises RequestError where it does not come up."""
@@ -56,8 +59,9 @@ class PrefillServer:
             while not client.is_serving():
                 process = self._process
                 if process is None or process.poll() is not None or time.monotonic() > deadline_s:
-                    self._said.seek(0)
-                    raise RequestError(f"the prefill server did not start: {self._said.read()}")
+                    raise RequestError(
+                        f"no prefill server listens on {self.address}; see above why"
+                    )
                 time.sleep(0.1)
 
     def load(self) -> Load | None:
@@ -72,13 +76,13 @@ class PrefillServer:
         """With SIGKILL: it can't say goodbye."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
 
     def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_S)
+                self._process.communicate(timeout=STOP_S)
             except subprocess.TimeoutExpired:
                 self.kill()
 
@@ -89,13 +93,24 @@ class PrefillServer:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
-        self._said.close()
+
+
+def end_after(stream: TextIO, end: Callable[[], None]) -> None:
+    """Calls `end` once the stream does, from another thread."""
+
+    def wait() -> None:
+        stream.read()
+        end()
+
+    threading.Thread(target=wait, name="weft-bench-parent", daemon=True).start()
 
 
 def main() -> None:
     from serve.commands import serve
 
-    serve.run(make_config(json.load(sys.stdin), "weft bench split"))
+    values = json.loads(sys.stdin.readline())
+    end_after(sys.stdin, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    serve.run(make_config(values, "weft bench split"))
 
 
 if __name__ == "__main__":

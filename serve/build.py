@@ -107,8 +107,8 @@ def build_engine(
 
 def build_contexts(config: ServeConfig, info: ModelInfo) -> Contexts | None:
     """The registry of contexts, with those that an earlier start has left; None where no prefixes
-    are cached."""
-    if not config.cache.prefix_caching:
+    are cached, or nobody is served."""
+    if not config.cache.prefix_caching or config.split.role == "prefill":
         return None
     section = config.contexts
     limits = ContextLimits(

@@ -276,6 +276,9 @@ def split(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 768,
     prompts: Annotated[int, typer.Option(min=1, help="Long prompts of a round.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Others, that decode meanwhile.")] = 4,
+    spacing: Annotated[
+        float, typer.Option(min=0, help="Between long prompts, in times of one's, alone.")
+    ] = 4.0,
     rounds: Annotated[int, typer.Option(min=0, help="Figures are medians of as many.")] = 5,
     soak: Annotated[int, typer.Option(min=0, help="Requests with cancels and kills.")] = 1000,
     json: Json = False,
@@ -291,7 +294,7 @@ def split(
     report = run(
         model,
         overrides or [],
-        Load(num_prompt=prompt, num_prompts=prompts, num_streams=streams),
+        Load(num_prompt=prompt, num_prompts=prompts, num_streams=streams, spacing=spacing),
         rounds,
         Soak(num_requests=soak),
         tell=lambda line: print(line, file=sys.stderr, flush=True),

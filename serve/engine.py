@@ -33,6 +33,8 @@ Sink = Callable[[Output], None]
 
 TIERS_GRACE_S = 10.0
 """For what the tiers have yet to write when the engine stops."""
+FLUSH_S = 30.0
+"""For what the tiers have yet to delete when the cache is flushed."""
 MOST_STALLED_S = 1.0
 """Without a look: whoever brings a page says so, but might have died."""
 
@@ -112,6 +114,9 @@ class Engine:
         self._delivering = False
         self._changed = threading.Condition()
         """Guards the scheduler and all of these; never held while the device works."""
+        self._preparing = threading.Lock()
+        """Held, before `_changed`, from when a step is planned until the pages that it saves are
+        being read: a flush comes before or after all of it."""
         self._draining = self._stopping = False
         self._is_stale = False
         """Something has happened since the last plan."""
@@ -219,9 +224,13 @@ class Engine:
     def flush_cache(self) -> int:
         """Forgets all cached prefixes, the tiers' too; returns how many pages of the devices were
         kept for them alone."""
-        with self._changed:
-            num_pages = self._scheduler.prefixes.flush()
-        self._runner.clear_tiers()
+        prefixes = self._scheduler.prefixes
+        with self._preparing, self._changed:
+            num_pages = prefixes.flush(self._scheduler.running)
+            self._is_stale = True
+            self._changed.notify_all()
+        if prefixes.tiers is not None:
+            prefixes.tiers.await_cleared(FLUSH_S)
         return num_pages
 
     def drain(self) -> None:
@@ -269,15 +278,16 @@ class Engine:
     def step(self) -> None:
         """One turn: the next step is on its way before the last one's tokens are read."""
         step = self._profile.begin()
-        with self._changed:
-            with step.phase(Phase.SCHEDULE):
-                if self._retained:
-                    self._retained.expire(self._clock())
-                plan = self._scheduler.schedule(self._clock())
-            # Before anybody can abort a request: pages that it is to compute have names already.
-            packed = self._runner.pack(plan, step)
-            self._is_stale = False
-        self._runner.prepare(plan, step)
+        with self._preparing:
+            with self._changed:
+                with step.phase(Phase.SCHEDULE):
+                    if self._retained:
+                        self._retained.expire(self._clock())
+                    plan = self._scheduler.schedule(self._clock())
+                # Before anybody can abort a request: what it is to compute has names already.
+                packed = self._runner.pack(plan, step)
+                self._is_stale = False
+            self._runner.prepare(plan, step)
         pending = self._runner.submit(packed, step) if packed else None
         last, self._in_flight = self._in_flight, pending
         if last:

@@ -6,6 +6,7 @@ when (`serve/scheduler.py`).
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from typing import Any, Protocol
 
@@ -54,6 +55,14 @@ class Tiers(Protocol):
         ...
 
     def observe_prefill(self, cost: float, seconds: float) -> None: ...
+
+    def clear(self) -> None:
+        """Lets them forget what isn't pinned."""
+        ...
+
+    def await_cleared(self, timeout_s: float) -> None:
+        """Waits until nothing of that is left in a store."""
+        ...
 
 
 class Prefiller(Protocol):
@@ -123,10 +132,16 @@ class Prefixes:
             if page is not None:
                 self._unsaved[key] = page
 
-    def flush(self) -> int:
-        """Forgets all prefixes of the device; returns how many pages were kept for them alone."""
+    def flush(self, running: Iterable[Sequence]) -> int:
+        """Forgets all prefixes, also what is on its way to those `running`; returns how many pages
+        of the device were kept for them alone. Tiers keep what is pinned there."""
+        for sequence in running:
+            if sequence.fetch is not None:
+                sequence.fetch.cancel()
         self._unsaved.clear()
         self.pinned.let_go()
+        if self._tiers is not None:
+            self._tiers.clear()
         return self._pool.flush()
 
     def end_plan(self) -> None:

@@ -87,23 +87,28 @@ class TierTraffic:
         keys, pages = zip(*saves, strict=True)
         with self._lock:
             self._num_under_way += len(saves)
-        self._mover.read(state, pages, lambda images: self._keep(keys, images))
+        num_cleared = self._stack.num_cleared
+        self._mover.read(state, pages, lambda images: self._keep(keys, images, num_cleared))
 
     def reports(self) -> list[TierReport]:
         return self._stack.reports()
 
     def clear(self) -> None:
-        """Lets the tiers forget what isn't pinned."""
+        """Lets the tiers forget what isn't pinned, what `save` is reading included."""
         self._stack.clear()
+
+    def await_cleared(self, timeout_s: float) -> None:
+        """Waits until nothing that was cleared is left in a store."""
+        self._stack.await_cleared(timeout_s)
 
     def close(self, grace_s: float) -> None:
         """Keeps what has been read, for up to `grace_s` as far as stores are slow."""
         self._stack.close(grace_s)
 
-    def _keep(self, keys: Sequence[Key], images: Sequence[Buffer]) -> None:
+    def _keep(self, keys: Sequence[Key], images: Sequence[Buffer], num_cleared: int) -> None:
         try:
             for key, image in zip(keys, images, strict=False):
-                self._stack.store(key, image)
+                self._stack.store(key, image, num_cleared)
         finally:
             with self._lock:
                 self._num_under_way -= len(keys)

@@ -40,9 +40,11 @@ class Fetch:
         started_s: float,
         most_lost_s: float,
         wake: Callable[[], None] = lambda: None,
+        num_cleared: int = 0,
     ) -> None:
-        """`tiers` have the keys; `recompute_s[i]` is what computing `keys[: i + 1]` would take."""
-        self.keys, self.tiers = keys, tiers
+        """`tiers` have the keys; `recompute_s[i]` is what computing `keys[: i + 1]` would take.
+        They had been cleared `num_cleared` times when it began."""
+        self.keys, self.tiers, self.num_cleared = keys, tiers, num_cleared
         self._tier_of = dict(zip(keys, tiers, strict=True))
         self.spans: dict[str, Span] = {}
         """By the name of the tier that was read."""

@@ -86,12 +86,14 @@ class HostTier:
     def is_pinned(self, key: Key) -> bool:
         return self._ledger.is_pinned(key)
 
-    def clear(self) -> None:
-        """Forgets all pages that aren't pinned."""
+    def clear(self) -> list[Buffer]:
+        """Forgets all pages that aren't pinned. Returns their images, which take long to free: so
+        that the caller does, holding no lock."""
         with self._lock:
-            for key in self._ledger.clear():
+            gone = self._ledger.clear()
+            for _ in gone:
                 self._ledger.release()
-                del self._images[key]
+            return [self._images.pop(key) for key in gone]
 
     def follow(self, on_change: OnChange) -> None:
         """Tells of the pages that are here, and from then on of each change."""

@@ -52,15 +52,6 @@ class Shelf:
         """Begins to delete the record of a page that has left the ledger, its room reserved."""
         return started(self._store.write, self.folder.path(key), None)
 
-    def deleted(self, key: Key, error: BaseException | None) -> None:
-        """A deletion ended: the page's room is free, or it is still there."""
-        if error is not None:
-            self.writing.failed(error, self.clock())
-            self.take_back(key)
-            return
-        with self.lock:
-            self.ledger.release()
-
     def take_back(self, key: Key) -> None:
         """A page that had left the ledger stays after all."""
         with self.lock:
@@ -68,8 +59,18 @@ class Shelf:
             self.ledger.enter(key)
 
     def delete_in_background(self, key: Key) -> None:
-        """As `delete`, and sees to its end."""
-        self.delete(key).add_done_callback(lambda answer: self.deleted(key, error_of(answer)))
+        """As `delete`, and sees to its end: the page's room is free, or it is still there."""
+
+        def ended(answer: Answer) -> None:
+            error = error_of(answer)
+            if error is not None:
+                self.writing.failed(error, self.clock())
+                self.take_back(key)
+                return
+            with self.lock:
+                self.ledger.release()
+
+        self.delete(key).add_done_callback(ended)
 
 
 def started(operation: Callable[..., Answer], *arguments: Any) -> Answer:

@@ -3,6 +3,7 @@
 It does not know requests, device pages or how an image is made.
 """
 
+import logging
 import time
 from collections.abc import Buffer, Callable, Sequence
 from itertools import groupby
@@ -16,6 +17,8 @@ from cache.tiers.host import HostTier
 from cache.tiers.pump import Pump
 from cache.tiers.store import StoreTier
 from cache.tiers.worth import LARGEST, MOST_LOST, Worth
+
+log = logging.getLogger("weft")
 
 PROBE_S = 10.0
 """Nobody waits for a probe."""
@@ -51,6 +54,13 @@ class TierStack:
         """Under way, one for each tier."""
         self._lock = Lock()
         """Guards decisions and probes."""
+        self.num_cleared = 0
+        """How often: what comes after a clearing and began before it is not kept (`store`)."""
+        self._let_go: list[Buffer] = []
+        """Images that were cleared and have yet to be freed."""
+        self._moving = Lock()
+        """Guards both, and is held while pages move down: none is between two tiers when they are
+        cleared."""
         self._pump = Pump(self._stores, self._arrived, self._ended, clock)
 
     def start(self) -> None:
@@ -89,7 +99,7 @@ class TierStack:
         num_pages, now_s = len(found), self._clock()
         most_lost_s = self.worth.most_lost * recompute_s[num_pages - 1]
         keys, recompute_s = keys[:num_pages], recompute_s[:num_pages]
-        fetch = Fetch(keys, found, recompute_s, now_s, most_lost_s, wake)
+        fetch = Fetch(keys, found, recompute_s, now_s, most_lost_s, wake, self.num_cleared)
         for number, (key, tier) in enumerate(zip(keys, found, strict=True)):
             if tier == self._host.name:
                 image = self._host.get(key)
@@ -100,12 +110,16 @@ class TierStack:
             self._pump.begin(fetch)
         return fetch
 
-    def store(self, key: Key, image: Buffer) -> None:
-        """Keeps a page that has been computed, and does not wait for it."""
-        for store in self._stores.values():
-            if self._write_through or store.is_pinned(key):
-                store.write(key, image)
-        self._put_in_host(key, image)
+    def store(self, key: Key, image: Buffer, num_cleared: int | None = None) -> None:
+        """Keeps a page that has been computed, and does not wait for it. If it was read when they
+        had been cleared only `num_cleared` times, it is kept where it is pinned."""
+        with self._moving:
+            is_cleared = num_cleared not in (None, self.num_cleared)
+            for store in self._stores.values():
+                if store.is_pinned(key) or (self._write_through and not is_cleared):
+                    store.write(key, image)
+            if self._host.is_pinned(key) or not is_cleared:
+                self._put_in_host(key, image)
 
     def use(self, keys: Sequence[Key]) -> None:
         """A sequence's pages, given from its start, were used, be it only on the device."""
@@ -140,10 +154,30 @@ class TierStack:
         self._tier(tier).unpin(keys)
 
     def clear(self) -> None:
-        """Forgets all pages that aren't pinned."""
-        self._host.clear()
+        """Forgets all pages that aren't pinned, those on their way down included. Who has a fetch
+        under way cancels it; `await_cleared` says when nothing of them is left."""
+        with self._moving:
+            self.num_cleared += 1
+            self._let_go += self._host.clear()
+            for store in self._stores.values():
+                store.clear()
+
+    def await_cleared(self, timeout_s: float) -> None:
+        """Waits until the stores have deleted what was cleared, too: what they could not may be
+        found by the next start."""
+        with self._moving:
+            let_go, self._let_go = self._let_go, []
+        # One by one, so that other threads may go on meanwhile.
+        while let_go:
+            let_go.pop()
+        end_s = time.monotonic() + timeout_s
         for store in self._stores.values():
-            store.clear()
+            if not store.await_cleared(max(0.0, end_s - time.monotonic())):
+                log.warning(
+                    "tier %s still has pages that were flushed: it deletes them when it can, and "
+                    "finds them again if it is started before",
+                    store.name,
+                )
 
     def reports(self) -> list[TierReport]:
         """Of each tier, nearest first."""
@@ -208,8 +242,11 @@ class TierStack:
 
     def _arrived(self, fetch: Fetch, number: int, image: Buffer) -> None:
         """Who asks next for a page that came up finds it nearer."""
-        if not self._is_probe(fetch):
-            self._put_in_host(fetch.keys[number], image)
+        if self._is_probe(fetch):
+            return
+        with self._moving:
+            if fetch.num_cleared == self.num_cleared:
+                self._put_in_host(fetch.keys[number], image)
 
     def _is_probe(self, fetch: Fetch) -> bool:
         return self._probes.get(fetch.tiers[-1]) is fetch
@@ -232,7 +269,7 @@ class TierStack:
         self.use(fetch.keys[: fetch.num_arrived])
 
     def _put_in_host(self, key: Key, image: Buffer) -> None:
-        """What has to leave for it goes down."""
+        """What has to leave for it goes down. Called with `_moving` held."""
         for gone, its_image in self._host.put(key, image):
             for store in self._stores.values():
                 store.write(gone, its_image)

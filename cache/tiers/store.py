@@ -94,8 +94,14 @@ class StoreTier:
         return self._ledger.is_pinned(key)
 
     def clear(self) -> None:
-        """Forgets all pages that aren't pinned; what cannot be deleted comes back."""
+        """Forgets all pages that aren't pinned, those being written included, and begins to delete
+        them; what cannot be deleted takes room until it can."""
         self._writer.clear()
+
+    def await_cleared(self, timeout_s: float) -> bool:
+        """Whether the store has nothing left of what was cleared; waits for that as long as it
+        works."""
+        return self._writer.await_cleared(timeout_s)
 
     def follow(self, on_change: OnChange) -> None:
         """Tells of the pages that have been written, and from then on of each change."""

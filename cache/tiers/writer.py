@@ -7,6 +7,7 @@ does not know who gives it pages.
 import time
 from collections import deque
 from collections.abc import Buffer, Callable, Iterable, Sequence
+from itertools import islice
 from threading import Condition, Thread
 
 from cache.keys import Key
@@ -40,10 +41,12 @@ class Writer:
         """Pages queued or being written."""
         self._shelf, self._queue_pages, self._wall_clock = shelf, queue_pages, wall_clock
         self._queue: deque[Key] = deque()
-        self._unwanted: deque[Key] = deque()
-        """To be deleted: they have left the ledger, their room reserved."""
-        self._under_way: deque[tuple[Key, Answer]] = deque()
-        """Writes, oldest first. The thread alone uses it."""
+        self._unwanted: set[Key] = set()
+        """Cleared and yet to be deleted: they have left the ledger, their room reserved."""
+        self._under_way: deque[tuple[Key, Answer, int]] = deque()
+        """Writes, oldest first, each with `_num_cleared` as it was when it began."""
+        self._num_cleared = 0
+        self._is_listed = False
         self._num_unsaved, self._saved_s = 0, shelf.clock()
         self._stop_at_s: float | None = None
         """Set when it is to close."""
@@ -74,11 +77,26 @@ class Writer:
                 self._changed.notify_all()
 
     def clear(self) -> None:
-        """Forgets all pages that aren't pinned, and sees to their deletion."""
+        """Forgets all pages that aren't pinned, those on their way included, and sees to their
+        deletion."""
+        ledger = self._shelf.ledger
         with self._changed:
-            self._forget_queued()
-            self._unwanted += self._shelf.ledger.clear()
+            self._num_cleared += 1
+            for key in [key for key in self.pending if not ledger.is_pinned(key)]:
+                del self.pending[key]
+            self._queue = deque(key for key in self._queue if key in self.pending)
+            self._unwanted.update(ledger.clear())
             self._changed.notify_all()
+
+    def await_cleared(self, timeout_s: float) -> bool:
+        """Whether the store has nothing left of what was cleared; waits for that, unless it is
+        switched off."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_cleared() or self._shelf.is_off() or not self._is_running(),
+                timeout_s,
+            )
+            return self._is_cleared()
 
     def stop(self, grace_s: float, last: Iterable[tuple[Key, Buffer]] = ()) -> None:
         """Takes no more pages than these; writes what is queued, then them, for up to `grace_s`."""
@@ -103,16 +121,17 @@ class Writer:
                 self._changed.wait(RETRY_S)
         self._on_listed()
         while self._wait_for_work():
-            while self._unwanted:
-                most = min(EVICTED_AT_ONCE, len(self._unwanted))
-                self._delete([self._unwanted.popleft() for _ in range(most)])
+            self._delete_unwanted()
             while (key := self._next()) is not None:
                 self._write(key)
+                self._delete_unwanted()
             if self._is_order_due():
                 self._save_order()
         with self._changed:
             self._shelf.counts.drops[Drop.CLOSED] += len(self._queue)
-            self._forget_queued()
+            for key in self._queue:
+                self.pending.pop(key, None)
+            self._queue.clear()
         if self._left_s(WRITE_S) > 0:
             self._save_order()
 
@@ -120,11 +139,24 @@ class Writer:
         """Until something is queued or the order is to be saved; False when closed and done."""
         with self._changed:
             if not self._has_work() and self._stop_at_s is None and not self._is_order_due():
-                self._changed.wait(SAVED_EVERY_S)
+                self._changed.wait(RETRY_S if self._unwanted else SAVED_EVERY_S)
             return self._stop_at_s is None or (self._has_work() and self._left_s(WRITE_S) > 0)
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._unwanted)
+        can_delete = not self._shelf.writing.is_off(self._shelf.clock())
+        return bool(self._queue or (self._unwanted and can_delete))
+
+    def _is_running(self) -> bool:
+        return self._thread.ident is not None and self._stop_at_s is None
+
+    def _is_cleared(self) -> bool:
+        began = (num_cleared for _, _, num_cleared in self._under_way)
+        is_nothing_left = not self._unwanted and all(num == self._num_cleared for num in began)
+        return is_nothing_left and (self._is_listed or not self._num_cleared)
+
+    def _is_forgotten(self, key: Key, num_cleared: int) -> bool:
+        """Whether it was cleared since it had been as often as that."""
+        return num_cleared != self._num_cleared and not self._shelf.ledger.is_pinned(key)
 
     def _next(self) -> Key | None:
         """The next page to write; None once those that were queued are all written."""
@@ -154,6 +186,9 @@ class Writer:
         with self._changed:
             for key in keys:
                 shelf.ledger.enter(key)
+            if self._num_cleared:  # before it was known what there is
+                self._unwanted.update(shelf.ledger.clear())
+            self._is_listed = True
         while shelf.ledger.num_free < 0 and self._evict():
             pass
         for other in others:
@@ -169,7 +204,7 @@ class Writer:
             self._drop(key, Drop.OFF)
             return
         with self._changed:
-            image = self.pending.get(key)
+            image, num_cleared = self.pending.get(key), self._num_cleared
             is_there = key in self._shelf.ledger  # it was queued before the store was listed
             if is_there:
                 self.pending.pop(key, None)
@@ -181,7 +216,12 @@ class Writer:
                 self._drop(key, Drop.NO_ROOM)
                 return
         record = self._shelf.form.encode(key, image)
-        self._under_way.append((key, self._shelf.start_write(key, record)))
+        with self._changed:
+            if self._is_forgotten(key, num_cleared):
+                self._shelf.ledger.release()
+                return
+            answer = self._shelf.start_write(key, record)
+            self._under_way.append((key, answer, num_cleared))
 
     def _reserve(self) -> bool:
         with self._changed:
@@ -191,36 +231,54 @@ class Writer:
         """Waits for the oldest write, if there is one."""
         if not self._under_way:
             return False
-        key, answer = self._under_way.popleft()
+        key, answer, num_cleared = self._under_way[0]
         error_of(answer, self._left_s(WRITE_S))
         if answer.done():
-            self._written(key, error_of(answer))
-            return True
-        if self._stop_at_s is None:
-            self._shelf.writing.failed(
-                TimeoutError(f"no answer in {WRITE_S:.0f} s"), self._shelf.clock()
-            )
-        self._drop(key, Drop.FAILED if self._stop_at_s is None else Drop.CLOSED)
-        # Its bytes may still come: its room is not given back before it ends, if ever.
-        answer.add_done_callback(lambda late: self._written(key, error_of(late)))
+            self._written(key, num_cleared, error_of(answer))
+        else:
+            self._give_up_write(key, num_cleared)
+            # Its bytes may still come: its room is not given back before it ends, if ever.
+            answer.add_done_callback(lambda late: self._written(key, num_cleared, error_of(late)))
+        with self._changed:
+            self._under_way.popleft()
+            self._changed.notify_all()
         return True
 
-    def _written(self, key: Key, error: BaseException | None) -> None:
-        shelf = self._shelf
+    def _give_up_write(self, key: Key, num_cleared: int) -> None:
+        is_closing = self._stop_at_s is not None
+        if not is_closing:
+            error = TimeoutError(f"no answer in {WRITE_S:.0f} s")
+            self._shelf.writing.failed(error, self._shelf.clock())
+        with self._changed:
+            if not self._is_forgotten(key, num_cleared):
+                self._drop(key, Drop.CLOSED if is_closing else Drop.FAILED)
+
+    def _written(self, key: Key, num_cleared: int, error: BaseException | None) -> None:
+        """A write ended that began when it had been cleared as often as that."""
+        shelf, ledger = self._shelf, self._shelf.ledger
         if error is not None:  # a record comes whole or not at all, so its room is free
             shelf.writing.failed(error, shelf.clock())
-            self._drop(key, Drop.FAILED)
-            with self._changed:
-                shelf.ledger.release()
-            return
-        shelf.writing.succeeded()
+        else:
+            shelf.writing.succeeded()
         with self._changed:
-            shelf.ledger.release()
-            if key not in shelf.ledger:
-                shelf.ledger.enter(key)
+            is_forgotten = self._is_forgotten(key, num_cleared)
+            if error is None and is_forgotten and not (key in ledger or key in self._unwanted):
+                self._unwanted.add(key)  # with its room
+                self._changed.notify_all()
+                return
+            ledger.release()
+            if is_forgotten:
+                return
+            if error is not None:
+                self._drop(key, Drop.FAILED)
+                return
+            if key in self._unwanted:  # it was written over
+                self._unwanted.remove(key)
+                ledger.release()
+            ledger.enter(key)
             self.pending.pop(key, None)
             shelf.counts.written += 1
-            shelf.counts.bytes_written += shelf.ledger.page_bytes
+            shelf.counts.bytes_written += ledger.page_bytes
             self._num_unsaved += 1
 
     def _drop(self, key: Key, why: Drop) -> None:
@@ -233,29 +291,46 @@ class Writer:
         shelf = self._shelf
         with self._changed:
             keys = shelf.ledger.evict(min(EVICTED_AT_ONCE, len(shelf.ledger) // 16 + 1))
-        num_deleted = self._delete(keys)
+            num_cleared = self._num_cleared
+        left = self._delete(keys)
         with self._changed:
-            shelf.counts.evicted += num_deleted
-        return num_deleted > 0
+            for key in left:
+                if self._is_forgotten(key, num_cleared):
+                    self._unwanted.add(key)
+                else:
+                    shelf.take_back(key)
+            shelf.counts.evicted += len(keys) - len(left)
+        return len(left) < len(keys)
 
-    def _delete(self, keys: Sequence[Key]) -> int:
-        """Deletes pages that have left the ledger; returns how many. The others are back in it."""
+    def _delete_unwanted(self) -> None:
+        """As far as the store lets it: what is left is tried again, and not found meanwhile."""
+        while self._unwanted:
+            with self._changed:
+                keys = list(islice(self._unwanted, EVICTED_AT_ONCE))
+            left = self._delete(keys)
+            with self._changed:
+                self._unwanted.difference_update(keys)
+                self._unwanted.update(left)
+                self._changed.notify_all()
+            if left:
+                return
+
+    def _delete(self, keys: Sequence[Key]) -> list[Key]:
+        """Deletes pages that have left the ledger; returns those that it could not, whose room
+        stays reserved."""
         shelf = self._shelf
         if shelf.writing.is_off(shelf.clock()):
-            for key in keys:
-                shelf.take_back(key)
-            return 0
-        errors: list[BaseException | None] = []
+            return list(keys)
+        left: list[Key] = []
         for key, answer in [(key, shelf.delete(key)) for key in keys]:
-            errors.append(error_of(answer, self._left_s(WRITE_S)))
-            shelf.deleted(key, errors[-1])
-        return errors.count(None)
-
-    def _forget_queued(self) -> None:
-        with self._changed:
-            for key in self._queue:
-                self.pending.pop(key, None)
-            self._queue.clear()
+            error = error_of(answer, self._left_s(WRITE_S))
+            if error is not None:
+                shelf.writing.failed(error, shelf.clock())
+                left.append(key)
+                continue
+            with self._changed:
+                shelf.ledger.release()
+        return left
 
     def _is_order_due(self) -> bool:
         elapsed_s = self._shelf.clock() - self._saved_s

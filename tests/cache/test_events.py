@@ -12,6 +12,7 @@ from hypothesis.stateful import invariant, precondition, rule
 from cache.events import DEVICE, Change, Event, EventLog, FellBehind, OnChange, Subscription
 from cache.keys import Key, PageNames, root_key
 from cache.pages import PagePool
+from cache.tiers.counts import Decisions, Drop
 from cache.tiers.host import HostTier
 from cache.tiers.ledger import Ledger
 from cache.tiers.store import StoreTier
@@ -237,12 +238,13 @@ def test_store_tells_what_is_written_evicted_damaged_and_cleared():
 
 def test_pages_that_a_store_cannot_delete_are_told_of_again():
     store = FakeStore()
-    tier, reader = followed_store(store, capacity=40)
+    tier, reader = followed_store(store, capacity=20)
     for one in keys(20):
         tier.write(one, image(one))
     until_known(reader, set(keys(20)))
     store.errors["delete"] = OSError(30, "Read-only file system")
-    tier.clear()
+    tier.write(key(30), image(key(30)))
+    until(lambda: tier.report(Decisions()).counts.drops[Drop.NO_ROOM])
     until_known(reader, set(keys(20)))
     close(tier)
 

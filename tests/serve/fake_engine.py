@@ -77,6 +77,7 @@ class FakeEngine:
         """`stepped`: it goes on only by `step`."""
         self.info = info or FakeInfo()
         self.failure: BaseException | None = None
+        self.page_form = None
         self.submitted: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.waits = Histogram((0.5, 1.0))

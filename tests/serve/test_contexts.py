@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from typing import Any, cast
 
@@ -380,6 +381,48 @@ def test_an_extension_that_is_cancelled_changes_nothing(parts):
         assert at.client.contexts.get(made.name).num_tokens == 20
         at.client.contexts.delete(made.name)
         until(lambda: at.num_kept == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_history_of_calls_and_cancels_leaves_a_page_behind(parts, seed, monkeypatch):
+    random = Random(seed)
+    monkeypatch.setattr(Contexts, "_save", lambda *_: time.sleep(random.random() * 0.004))
+
+    async def call(at: Endpoint, names: list[str]) -> None:
+        kind = random.choice(["create", "create", "update", "delete", "expire"])
+        with suppress(NotFound, InvalidRequest):
+            if kind == "create" or not names:
+                prompt = [random.randrange(3, 90)] * random.randrange(1, 90)
+                made = await at.cache.create("", prompt, ttl_s=random.choice([1.0, 100.0]))
+                names.append(made.context.name)
+            elif kind == "update":
+                await at.cache.update("", random.choice(names), [5] * random.randrange(1, 60))
+            elif kind == "delete":
+                await at.cache.delete("", random.choice(names))
+            else:
+                at.clocks.passes(0.3)
+                await at.cache.expire()
+
+    async def history(at: Endpoint) -> None:
+        names: list[str] = []
+        calls: list[asyncio.Task[None]] = []
+        for _ in range(60):
+            calls.append(asyncio.create_task(call(at, names)))
+            await asyncio.sleep(random.random() * 0.008)
+            if random.random() < 0.5:
+                random.choice(calls[-2:]).cancel()
+        await asyncio.wait(calls)
+        assert not [one for one in calls if not one.cancelled() and one.exception()]
+        assert at.engine.wait_idle(TIMEOUT_S)
+        kept = {key for context in at.contexts.all() for key in context.keys}
+        assert at.num_kept == len(kept)
+        at.clocks.passes(100)
+        await at.cache.expire()
+
+    with endpoint(parts) as at:
+        asyncio.run(history(at))
+        assert at.contexts.all() == []
+        assert at.num_kept == 0
 
 
 def test_what_a_draining_server_refuses_leaves_nothing(parts):

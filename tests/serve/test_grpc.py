@@ -3,6 +3,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from serve.api.grpc_server import MAX_MESSAGE_BYTES, GrpcServer
 from serve.api.messages import MAX_POSITIONS
 from serve.client import Chunk, Client
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestError, Unavailable
+from serve.front import Front
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
 from serve.request import FinishReason, Timings, Usage
@@ -585,10 +587,13 @@ def test_a_client_that_asks_often_whether_the_server_is_there_keeps_its_connecti
         ("grpc.http2.max_pings_without_data", 0),
     )
     states: list[grpc.ChannelConnectivity] = []
-    with FakeEngine() as engine, served(Front(engine)) as address:
-        with grpc.insecure_channel(address, options=options) as channel:
-            channel.subscribe(states.append, try_to_connect=True)
-            grpc.channel_ready_future(channel).result(TIMEOUT_S)
-            time.sleep(1.0)
-            assert states[-1] is grpc.ChannelConnectivity.READY
-            assert states.count(grpc.ChannelConnectivity.READY) == 1
+    with (
+        FakeEngine() as engine,
+        served(Front(engine)) as address,
+        grpc.insecure_channel(address, options=options) as channel,
+    ):
+        channel.subscribe(states.append, try_to_connect=True)
+        grpc.channel_ready_future(channel).result(TIMEOUT_S)
+        time.sleep(3.5)  # gRPC sends no more than one a second
+        assert states[-1] is grpc.ChannelConnectivity.READY
+        assert states.count(grpc.ChannelConnectivity.READY) == 1

@@ -3,10 +3,12 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Buffer, Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cache.keys import Key
 from cache.pins import PinsExceedBudget
@@ -304,6 +306,20 @@ def test_pages_can_be_kept_in_host_memory():
     stack.close(GRACE_S)
 
 
+def test_a_page_is_lacking_where_it_is_nowhere_or_not_where_it_is_pinned():
+    stack = stack_on(FakeStore(), host_pages=2)
+    assert stack.lacks(key(0))
+    put(stack, keys(5))
+    until(lambda: on(stack, "disk").num_pages == 3)
+    assert stack.find(keys(5)) == ["disk", "disk", "disk", "host", "host"]
+    assert not any(map(stack.lacks, keys(5)))
+    stack.pin("host", [key(0), key(4)])
+    assert [stack.lacks(one) for one in keys(5)] == [True, False, False, False, False]
+    put(stack, [key(0)])
+    assert not stack.lacks(key(0))
+    stack.close(GRACE_S)
+
+
 def test_unknown_tier_is_refused_with_those_there_are():
     stack = stack_on(FakeStore())
     with pytest.raises(ValueError, match="there is no tier tape; there are host, disk"):
@@ -358,6 +374,122 @@ def test_cleared_tiers_have_nothing():
     assert all(stack.find([one]) == [] for one in keys(6))
     until(lambda: store.records() == {})
     stack.close(GRACE_S)
+
+
+@pytest.mark.parametrize("write_through", [True, False])
+def test_page_read_before_a_clearing_is_kept_where_it_is_pinned_only(write_through: bool):
+    store = FakeStore()
+    stack = stack_on(store, write_through=write_through)
+    stack.pin("disk", [key(0)])
+    num_cleared = stack.num_cleared
+    stack.clear()
+    for one in keys(3):
+        stack.store(one, image(one), num_cleared)
+    stack.store(key(3), image(key(3)), stack.num_cleared)
+    assert [stack.find([one]) for one in keys(4)] == [["disk"], [], [], ["host"]]
+    stack.close(GRACE_S)
+    assert len(store.records()) == 2
+
+
+def test_page_that_arrives_after_a_clearing_is_not_kept():
+    store = FakeStore()
+    stack = stack_on(store, host_pages=0)
+    put(stack, keys(2))
+    until(lambda: on(stack, "disk").num_pages == 2)
+    store.hanging.add("read")
+    fetch = stack.fetch(keys(2), [DEAR_S, 2 * DEAR_S], lambda: None)
+    until(lambda: len(store.hung) == 2)
+    assert fetch is not None
+    reads, store.hung, store.hanging = store.hung, [], {"delete"}
+    fetch.cancel()
+    stack.clear()
+    for future, run in reads:
+        future.set_result(run())
+    until(lambda: on(stack, "disk").counts.hits == 2)
+    store.release()
+    stack.await_cleared(GRACE_S)
+    stack.close(GRACE_S)
+    assert store.records() == {}
+
+
+def made_after(num_cleared: int) -> bytes:
+    return bytes([num_cleared]) * IMAGE_BYTES
+
+
+def pages_in(store: FakeStore) -> list[tuple[Key, Buffer]]:
+    found: list[tuple[Key, Buffer]] = []
+    for name, record in store.records().items():
+        of = bytes.fromhex(name.rpartition("/")[2])
+        content = FORM.decode(of, record)
+        assert not isinstance(content, Miss)
+        found.append((of, content))
+    return found
+
+
+PINNED = frozenset(keys(2))
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["store", "store", "read", "arrive", "fetch", "clear", "hang", "release", "pause"]
+        ),
+        st.integers(0, 5),
+    ),
+    min_size=10,
+    max_size=40,
+)
+
+
+@given(STEPS, st.booleans(), st.booleans())
+@settings(max_examples=80)
+def test_nothing_of_before_a_clearing_comes_back_but_what_is_pinned(
+    steps: list[tuple[str, int]], is_listed_late: bool, write_through: bool
+):
+    """A page's image is how often they had been cleared when it was computed."""
+    store, num_cleared = FakeStore(), 0
+    stack = stack_on(store, host_pages=20)
+    put(stack, keys(8))
+    stack.close(GRACE_S)
+    if is_listed_late:
+        store.hanging.add("list")
+    stack = stack_on(store, host_pages=3, capacity=7, write_through=write_through)
+    stack.pin("disk", list(PINNED))
+    reading: list[tuple[Key, bytes, int]] = []
+    fetches: list[Fetch] = []
+
+    def is_known(of: Key, found: Buffer) -> bool:
+        return of in PINNED or bytes(found) == made_after(num_cleared)
+
+    for step, number in steps:
+        match step:
+            case "store":
+                stack.store(key(number), made_after(num_cleared))
+            case "read":
+                reading.append((key(number), made_after(num_cleared), stack.num_cleared))
+            case "arrive" if reading:
+                stack.store(*reading.pop(0))
+            case "fetch":
+                pages = [key(number), key(number + 1)]
+                fetch = stack.fetch(pages, [DEAR_S, 2 * DEAR_S], lambda: None)
+                fetches += [fetch] if fetch else []
+            case "clear":
+                for fetch in fetches:
+                    fetch.cancel()
+                stack.clear()
+                num_cleared += 1
+            case "hang":
+                store.hanging.add(["read", "write", "delete"][number % 3])
+            case "release":
+                store.release()
+            case "pause":
+                time.sleep(0.0001 * number)
+        if num_cleared:
+            taken = [page for fetch in fetches for page in fetch.take(1)]
+            assert all(is_known(*page) for page in taken)
+    until(lambda: store.release() or not (store.hung or on(stack, "disk").num_queued))
+    stack.await_cleared(GRACE_S)
+    assert not num_cleared or all(is_known(*page) for page in pages_in(store))
+    stack.close(GRACE_S)
+    assert not num_cleared or all(is_known(*page) for page in pages_in(store))
 
 
 def test_restart_finds_what_host_memory_and_disk_had_and_knows_what_reading_takes(tmp_path: Path):

@@ -405,17 +405,124 @@ def test_clearing_deletes_what_is_not_pinned():
     assert closed(tier).num_pages == len(store.records()) == 2
 
 
-def test_pages_that_clearing_cannot_delete_are_counted_as_there():
+def test_write_that_ends_after_a_clearing_leaves_nothing():
     store = FakeStore()
-    tier = opened(store, capacity=40)
+    tier = opened(store)
+    store.hanging.add("write")
+    for one in keys(3 * WRITES):
+        tier.write(one, image(one))
+    until(lambda: len(store.hung) == WRITES)
+    tier.clear()
+    assert not any(tier.holds(one) for one in keys(3 * WRITES))
+    assert not tier.await_cleared(0.01)
+    store.release()
+    assert tier.await_cleared(GRACE_S)
+    assert store.records() == {}
+    tier.write(key(0), image(key(0)))
+    until(lambda: report(tier).num_pages == 1)
+    assert closed(tier).num_pages == len(store.records()) == 1
+
+
+def test_page_that_is_cleared_before_its_write_begins_is_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    store = FakeStore()
+    tier = opened(store)
+    encode = RecordFormat.encode
+
+    def clear_meanwhile(form: RecordFormat, of: Key, content: Buffer) -> bytes:
+        tier.clear()
+        return encode(form, of, content)
+
+    monkeypatch.setattr(RecordFormat, "encode", clear_meanwhile)
+    num_writes = store.num_calls["write"]
+    tier.write(key(0), image(key(0)))
+    until(lambda: not report(tier).num_queued)
+    assert tier.await_cleared(GRACE_S)
+    assert store.num_calls["write"] == num_writes
+    monkeypatch.undo()
+    tier.write(key(0), image(key(0)))
+    assert closed(tier).num_pages == 1
+
+
+def test_pinned_pages_on_their_way_outlast_a_clearing():
+    store = FakeStore()
+    tier = opened(store)
+    tier.pin([key(1), key(2 * WRITES)])
+    store.hanging.add("write")
+    for one in keys(3 * WRITES):
+        tier.write(one, image(one))
+    until(lambda: len(store.hung) == WRITES)
+    tier.clear()
+    store.release()
+    assert tier.await_cleared(GRACE_S)
+    until(lambda: not report(tier).num_queued)
+    assert [one for one in keys(3 * WRITES) if tier.holds(one)] == [key(1), key(2 * WRITES)]
+    assert closed(tier).num_pages == len(store.records()) == 2
+
+
+def test_what_is_listed_after_a_clearing_is_deleted():
+    store = FakeStore()
+    filled(store, 20)
+    store.hanging.add("list")
+    tier = StoreTier("disk", store, FORM, 20 * FORM.record_bytes)
+    tier.start()
+    tier.pin([key(3)])
+    tier.clear()
+    assert not tier.await_cleared(0.01)
+    store.release()
+    assert tier.await_cleared(GRACE_S)
+    assert [one for one in keys(20) if tier.holds(one)] == [key(3)]
+    assert closed(tier).num_pages == len(store.records()) == 1
+
+
+def test_pages_that_clearing_cannot_delete_take_room_and_are_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("cache.tiers.writer.RETRY_S", 0.001)
+    clock, store = Clock(), FakeStore()
+    tier = opened(store, capacity=40, clock=clock)
     for one in keys(40):
         tier.write(one, image(one))
     until(lambda: report(tier).num_pages == 40)
     store.errors["delete"] = OSError(30, "Read-only file system")
     tier.clear()
-    until(lambda: report(tier).num_pages == 40)
-    assert read(tier, key(39)) == image(key(39))
-    closed(tier)
+    assert not tier.await_cleared(GRACE_S)
+    assert not any(tier.holds(one) for one in keys(40))
+    clock.now_s += 1.0
+    tier.write(key(39), image(key(39)))
+    until(lambda: report(tier).counts.drops.total() == 1)
+    assert len(store.records()) == 40
+    store.errors.clear()
+    clock.now_s += 10.0
+    until(lambda: tier.await_cleared(GRACE_S))
+    assert store.records() == {}
+    for one in keys(40):
+        tier.write(one, image(one))
+    assert closed(tier).num_pages == len(store.records()) == 40
+    assert store.peak_bytes == 40 * FORM.record_bytes
+
+
+def test_evicted_page_that_is_not_deleted_until_a_clearing_is_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    store = FakeStore()
+    tier = opened(store, capacity=2)
+    for one in keys(2):
+        tier.write(one, image(one))
+    until(lambda: report(tier).num_pages == 2)
+    store.hanging.add("delete")
+    tier.write(key(5), image(key(5)))
+    until(lambda: store.hung)
+    tier.clear()
+    [(deletion, _)] = store.hung
+    store.hung.clear()
+    deletion.set_exception(OSError(5, "Input/output error"))
+    until(lambda: store.hung)
+    assert not any(tier.holds(one) for one in keys(6))
+    store.release()
+    assert tier.await_cleared(GRACE_S)
+    assert closed(tier).num_pages == len(store.records()) == 0
 
 
 def test_closing_writes_what_is_queued_within_the_grace_time():
