@@ -34,7 +34,7 @@ _OPTIONS = (
     # A client whose machine is gone closes no connection: it is asked, and its calls cancelled.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Clients may ask too, also between calls, and however often: whoever receives much, such as pages,
+    # Clients may ask too, also between calls, and however often: who receives much, such as pages,
     # sends pings that measure the way, for which gRPC would hang up on it ("too_many_pings").
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),

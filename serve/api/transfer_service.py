@@ -14,7 +14,7 @@ import grpc
 
 from cache.keys import Key, PageNames, root_key
 from cache.tiers.record import RecordFormat
-from cache.transfers.chunks import chunks_of
+from cache.transfers.chunks import CHUNK_BYTES, chunks_of
 from cache.transfers.sending import Sending
 from serve.api.grpc_server import Service
 from serve.api.statuses import Context, abort, statuses
@@ -125,9 +125,9 @@ class _Departure:
         )
 
     async def run(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
-        names = await asyncio.to_thread(self._submit)
         following = asyncio.create_task(self._follow(messages))
         try:
+            names = await asyncio.to_thread(self._submit)
             for number in range(self._sending.first, self._sending.last):
                 image = await self._next(context)
                 async for message in self._messages(number, names.keys[number], image):
@@ -141,6 +141,7 @@ class _Departure:
             )
         finally:
             following.cancel()
+            # First, for a call may be cancelled while its prompt is being submitted.
             self._sending.end()
             # It may have ended, and an id that is not there is ignored.
             await asyncio.to_thread(self._engine.abort, self._request.request_id)
@@ -151,7 +152,11 @@ class _Departure:
             offer = await asyncio.to_thread(self._offers.of, image)
             yield pb.PageChunk(page=number, offer=offer)
             return
-        for chunk in chunks_of(number, self._form.encode(key, image)):
+        if self._form.image_bytes > CHUNK_BYTES:  # which would hold up other streams
+            record = await asyncio.to_thread(self._form.encode, key, image)
+        else:
+            record = self._form.encode(key, image)
+        for chunk in chunks_of(number, record):
             yield pb.PageChunk(page=number, offset=chunk.offset, data=bytes(chunk.data))
 
     def _submit(self) -> PageNames:
