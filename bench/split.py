@@ -10,8 +10,9 @@ computes prompts for one that is. It does not know how pages travel (`serve/pref
 import gc
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,11 @@ def _measure(
     }
     config = override_config(make_config(base, "weft bench split"), overrides)
     check = partial(_check, load.longest)
-    with _engines(config, ARMS, check) as engines:
+    with _started(config, ARMS, check) as started:
+        engines = started.engines
         for name, engine in engines.items():
             tell(f"{name}: a first round, which is not counted")
-            play(engine, load, "warm-up", gap_s=0.1)
+            play(engine, replace(load, num_prompts=2), "warm-up", gap_s=0.1)
         alone = measure_alone(engines[ONE], load)
         gap_s = load.spacing * alone.long_first
         played: dict[str, list[Played]] = {name: [] for name in engines}
@@ -138,10 +140,18 @@ def _measure(
                     f"tokens, {1e3 * found.long_p50:.0f} ms to first tokens of long prompts"
                 )
         num_compared, differences = _compare(engines[ONE], played)
+        outcomes = {
+            name: {outcome.value: num for outcome, num in counts.outcomes.items()}
+            for name, engine in engines.items()
+            for counts in engine.transfers()
+        }
         tell("what moving pages costs")
         moving = [
             measure_moving(engines[ONE], engines[arm], load, way, NUM_MOVED)
-            for arm, way in ((HERE, "in one process"), (THERE, "between two, over gRPC"))
+            for arm, way in (
+                (HERE, "in one process"),
+                (THERE, f"between two, by {config.split.carrier}"),
+            )
         ]
         wired = engines[THERE].transfers()[0]
         mixed = Mixed(
@@ -150,11 +160,7 @@ def _measure(
             rounds={name: [figures_of(one, alone) for one in own] for name, own in played.items()},
             num_compared=num_compared,
             differences=differences,
-            outcomes={
-                name: {outcome.value: num for outcome, num in counts.outcomes.items()}
-                for name, engine in engines.items()
-                for counts in engine.transfers()
-            },
+            outcomes=outcomes,
             compiled_late=sum(engine.load().compiles_after_warmup for engine in engines.values()),
         )
         return mixed, moving, wired.bytes // max(wired.pages, 1)
@@ -168,7 +174,8 @@ def _soak(directory: Path, asked: Soak, tell: Tell) -> list[Soaked]:
     }
     config = make_config(base, "weft bench split")
     arms = {name: ARMS[name] for name in (ONE, HERE, THERE)}
-    with _engines(config, arms, partial(_check, asked.longest)) as engines:
+    with _started(config, arms, partial(_check, asked.longest)) as started:
+        engines, server = started.engines, started.server
         tell(f"{asked.num_requests:,} requests, by one engine")
         requests = asked.requests(engines[ONE].info.vocab_size)
         expected: dict[str, list[int]] = {request.request_id: [] for request in requests}
@@ -184,7 +191,6 @@ def _soak(directory: Path, asked: Soak, tell: Tell) -> list[Soaked]:
             "one process",
         )
         tell("the same, with cancels and kills")
-        server = engines.server
         there = soak(
             engines[THERE],
             expected,
@@ -196,35 +202,35 @@ def _soak(directory: Path, asked: Soak, tell: Tell) -> list[Soaked]:
         return [here, there]
 
 
-class _Engines(dict[str, Any]):
+@dataclass(frozen=True)
+class _Started:
+    engines: dict[str, Any]
     """By arm."""
-
     server: PrefillServer
+    """Who computes prompts for THERE."""
 
 
 @contextmanager
-def _engines(
-    config: ServeConfig, arms: Mapping[str, Sequence[str]], check: Any
-) -> Iterator[_Engines]:
-    """Started, and the process that computes prompts for THERE."""
+def _started(
+    config: ServeConfig, arms: Mapping[str, Sequence[str]], check: Callable[[ModelInfo], None]
+) -> Iterator[_Started]:
     split = [f"split.least_tokens={LEAST_TOKENS}"]
-    started = _Engines()
-    started.server = PrefillServer(override_config(config, ["split.role=prefill"]))
-    with started.server:
+    engines: dict[str, Any] = {}
+    with PrefillServer(override_config(config, ["split.role=prefill"])) as server:
         try:
             for name, own in arms.items():
-                peers = [f'split.peers=["{started.server.address}"]'] if name == THERE else []
+                peers = [f'split.peers=["{server.address}"]'] if name == THERE else []
                 changes = [*own, *peers, *(split if name in (HERE, THERE) else [])]
                 engine = build_engine(override_config(config, changes), Progress, check=check)
                 engine.start()
-                started[name] = engine
+                engines[name] = engine
             # As in what serves: a collection that went through all of it would stop every step.
             gc.collect()
             gc.freeze()
-            yield started
+            yield _Started(engines, server)
         finally:
             gc.unfreeze()
-            for engine in started.values():
+            for engine in engines.values():
                 engine.stop()
 
 

@@ -128,7 +128,7 @@ def _mixed_lines(mixed: Mixed) -> list[str]:
     num_rounds = len(mixed.rounds[ONE])
     num_equal = mixed.num_compared - len(mixed.differences)
     lines = [
-        f"{num_rounds} rounds, each of {load.num_prompts} prompts of {load.num_prompt:,} tokens, "
+        f"Rounds: {num_rounds}, each of {load.num_prompts} prompts of {load.num_prompt:,} tokens, "
         f"{load.spacing * alone.long_first:.2f} s apart in the mean (Poisson; {load.spacing:g} "
         f"times what one takes alone), beside {load.num_streams} streams ({load.num_asked} tokens "
         f"in, {load.num_answered} out, then the next).",

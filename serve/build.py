@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 from jax.sharding import Mesh
 
 from cache.contexts.context import ContextLimits
@@ -22,7 +23,7 @@ from cache.pages import PagePool
 from cache.tables import PageTables
 from cache.tiers.folder import open_store
 from cache.tiers.host import HostTier
-from cache.tiers.record import RecordFormat
+from cache.tiers.record import HEADER_BYTES, RecordFormat
 from cache.tiers.stack import TierStack
 from cache.tiers.store import StoreTier
 from model.checkpoint import CheckpointError, TensorSource, open_checkpoint
@@ -126,11 +127,42 @@ def build_contexts(config: ServeConfig, info: ModelInfo) -> Contexts | None:
 
 def _check_stores(config: ServeConfig) -> None:
     """Raises ConfigError for a store that can't be, before weights are read."""
+    names: dict[str, str] = {}
     for store in config.tiers.stores:
+        other = names.setdefault(store.url.rstrip("/"), store.name)
+        if other != store.name:
+            raise ConfigError(
+                f"tiers.stores, {other} and {store.name}: both are {store.url}, and each would "
+                "delete what the other keeps; give each a url of its own"
+            )
         try:
             open_store(store.url)
         except ValueError as error:
             raise ConfigError(f"tiers.stores, {store.name}: {error}") from None
+
+
+def _check_budgets(tiers: TiersSection, num_replicas: int, image_bytes: int) -> None:
+    """Raises ConfigError for a tier that holds no page, or more than this machine has."""
+    record_bytes = HEADER_BYTES + image_bytes
+    given = [("tiers.host_gib", tiers.host_gib, image_bytes)] if tiers.host_gib else []
+    given += [
+        (f"tiers.stores, {store.name}: gib", store.gib, record_bytes) for store in tiers.stores
+    ]
+    for name, gib, page_bytes in given:
+        share_bytes = round(gib * GIB / num_replicas)
+        if share_bytes < page_bytes:
+            # With what rounding to three digits may take away.
+            least = 1.01 * num_replicas * page_bytes / GIB
+            raise ConfigError(
+                f"{name} is {gib}: {share_bytes:,} bytes for each of {num_replicas} replicas, and "
+                f"a page takes {page_bytes:,}; give {least:.3g} or more"
+            )
+    memory_bytes = psutil.virtual_memory().total
+    if tiers.host_gib * GIB > memory_bytes:
+        raise ConfigError(
+            f"tiers.host_gib is {tiers.host_gib}, this machine has {memory_bytes / GIB:.1f} GiB of "
+            "memory in all; give what the server can spare of it, and the rest to tiers.stores"
+        )
 
 
 @dataclass(frozen=True)
@@ -218,11 +250,12 @@ class _Builder:
             eos_ids=model.eos_ids,
         )
         self.check(info)
+        programs = served.programs(found.num_pages, mesh, kernels)
+        split, images = config.split, PageImages(programs)
+        _check_budgets(config.tiers, config.mesh.data, images.image_bytes)
         weights = self._load(mesh, dtype, kernels)
         pool = PagePool(found.num_pages + 1, found.page_size, limits.token_cost.at)
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
-        programs = served.programs(found.num_pages, mesh, kernels)
-        split, images = config.split, PageImages(programs)
         form = RecordFormat(page_fingerprint(self.weights_identity, programs), images.image_bytes)
         moves_pages = config.tiers.host_gib or split.role != "all"
         mover = PageMover(images, destination) if moves_pages else None

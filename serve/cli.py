@@ -277,7 +277,7 @@ def split(
     prompts: Annotated[int, typer.Option(min=1, help="Long prompts of a round.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Others, that decode meanwhile.")] = 4,
     spacing: Annotated[
-        float, typer.Option(min=0, help="Between long prompts, in times of one's, alone.")
+        float, typer.Option(min=0.1, help="Between long prompts, in times of what one takes alone.")
     ] = 4.0,
     rounds: Annotated[int, typer.Option(min=0, help="Figures are medians of as many.")] = 5,
     soak: Annotated[int, typer.Option(min=0, help="Requests with cancels and kills.")] = 1000,

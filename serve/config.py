@@ -180,8 +180,9 @@ class SplitSection(Section):
     prefill_pages: Count | None = None
     """Of these devices' pool; as many as the replica's unless told otherwise."""
     carrier: Literal["grpc", "jax"] = "grpc"
-    """decode, with peers: how pages come. grpc: through the memory of both hosts; jax: from device
-    to device by jax.experimental.transfer, which can't be called off (docs/disaggregation.md)."""
+    """How pages travel between processes. grpc: through the memory of both hosts; jax, where both
+    sides say so: from device to device by jax.experimental.transfer, which can't be called off
+    (docs/disaggregation.md)."""
     least_tokens: Count = 256
     """decode: a prompt of which fewer are to be computed is computed where it is decoded."""
     lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0

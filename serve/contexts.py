@@ -5,7 +5,7 @@ It does not know the wire (`serve/api`), or where pages are kept (`serve/pins.py
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -28,6 +28,7 @@ from serve import front
 from serve.errors import InvalidRequest, NotFound, Overloaded, RequestError, Unavailable
 from serve.front import Chat, Front, Prompt, check_names
 from serve.request import FinishReason, SamplingParams
+from serve.to_thread import to_its_end
 
 log = logging.getLogger("weft")
 
@@ -110,11 +111,11 @@ class ContextCache:
                 raise
 
         with _as_request_errors():
-            context = await _to_its_end(begin)
+            context = await to_its_end(begin)
             try:
                 return await self._compute(context)
             except BaseException:
-                if await _to_its_end(lambda: self._contexts.let_go(context)):
+                if await to_its_end(lambda: self._contexts.let_go(context)):
                     self._home(context).unpin(context.keys)
                 raise
 
@@ -138,14 +139,14 @@ class ContextCache:
             with _as_request_errors():
                 self._contexts.check_end(ttl_s, expire_time)
                 if prompt is None:
-                    return Made(await _to_its_end(change), 0, 0.0)
-                longer = await _to_its_end(lambda: self._longer(before, prompt))
+                    return Made(await to_its_end(change), 0, 0.0)
+                longer = await to_its_end(lambda: self._longer(before, prompt))
                 home, tokens = self._home(before), longer.token_ids
                 if not longer.messages:
                     tokens = tokens[before.num_tokens :]
                 try:
                     made = await self._compute(longer)
-                    context = await _to_its_end(lambda: change(tokens, longer.messages))
+                    context = await to_its_end(lambda: change(tokens, longer.messages))
                 except BaseException:
                     home.unpin(longer.keys)
                     raise
@@ -163,12 +164,12 @@ class ContextCache:
     async def delete(self, tenant: str, name: str) -> None:
         check_names(tenant=tenant)
         with _as_request_errors():
-            context = await _to_its_end(lambda: self._contexts.delete(tenant, name))
+            context = await to_its_end(lambda: self._contexts.delete(tenant, name))
         self._home(context).unpin(context.keys)
 
     async def expire(self) -> None:
         """Lets go of contexts whose time is over."""
-        for context in await _to_its_end(self._contexts.expire):
+        for context in await to_its_end(self._contexts.expire):
             self._home(context).unpin(context.keys)
 
     @asynccontextmanager
@@ -237,24 +238,6 @@ class ContextCache:
 
 def _messages(prompt: Prompt) -> Messages:
     return prompt.messages if isinstance(prompt, Chat) else ()
-
-
-async def _to_its_end[T](work: Callable[[], T]) -> T:
-    """What `work` returns, on another thread.
-
-    A cancellation waits for its end, so that what it has done is known, and is raised by what is
-    awaited next.
-    """
-    done = asyncio.get_running_loop().run_in_executor(None, work)
-    is_cancelled = False
-    while not done.done():
-        try:
-            await asyncio.wait([done])
-        except asyncio.CancelledError:
-            is_cancelled = True
-    if is_cancelled and (task := asyncio.current_task()):
-        task.cancel()
-    return done.result()
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class Engine:
     def stop(self) -> None:
         """Ends the loop after the step under way; requests still running are cancelled."""
         with self._changed:
-            self._stopping = self._draining = True
+            self._stopping = self._draining = self._is_stale = True
             for request_id in list(self._clients):
                 self._cancel(request_id)
             self._changed.notify_all()
@@ -311,7 +311,7 @@ class Engine:
         """Nothing could be planned though there is work: pages are on their way from a tier."""
         with self._changed:
             if self._scheduler.has_work:
-                self._changed.wait_for(lambda: self._is_stale or self._stopping, MOST_STALLED_S)
+                self._changed.wait_for(lambda: self._is_stale, MOST_STALLED_S)
 
     def _commit(self, pending: Pending) -> None:
         """Takes in what a step chose, and gives it to those who wait for it."""

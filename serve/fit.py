@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import psutil
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from cache.transfers.sending import WINDOW
 from model.config import Layer, ModelConfig
 from model.kernel_choice import XLA, Kernels, kernels_for
 from model.partition import Partition, abstract_weights, weight_specs
@@ -22,7 +23,10 @@ from model.step import StepShape
 from serve.config import ConfigError, ServeConfig
 from serve.limits import Limits
 from serve.pace import token_cost
+from serve.page_images import PageImages
+from serve.prefixes import MOST_LANDED
 from serve.programs import CacheShape, Programs, step_shapes
+from serve.tier_traffic import MOST_UNDER_WAY
 from sharding.mesh import STAGE, TENSOR
 
 
@@ -105,6 +109,8 @@ class Fit:
     weight_bytes: int
     state_bytes: int
     """Of the slots: last tokens, and the history that penalties look back on."""
+    moving_bytes: int
+    """Of pages on their way to other memory or from it: they lie on the device once more."""
     reserved_bytes: int
     """What a start leaves free for activations, by estimate."""
     activation_bytes: int | None
@@ -131,7 +137,8 @@ class Fit:
 
     @property
     def needed_bytes(self) -> int:
-        return self.weight_bytes + self.state_bytes + self.step_bytes + self.pool_bytes
+        kept_bytes = self.weight_bytes + self.state_bytes + self.pool_bytes
+        return kept_bytes + self.moving_bytes + self.step_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -152,8 +159,8 @@ class Fit:
     def most_pages(self) -> int:
         """Of the largest pool that fits; below 1 where none does."""
         activations = max(self.reserved_bytes, self.activation_bytes or 0)
-        room = self.budget_bytes - self.weight_bytes - self.state_bytes - activations
-        return room // self.page_bytes - 1
+        besides = self.weight_bytes + self.state_bytes + self.moving_bytes + activations
+        return (self.budget_bytes - besides) // self.page_bytes - 1
 
 
 def fit(served: Served, memory_bytes: int) -> Fit:
@@ -169,6 +176,7 @@ def fit(served: Served, memory_bytes: int) -> Fit:
         budget_bytes=int(memory_bytes * share),
         weight_bytes=_weight_bytes(served.partition, served.dtype, served.kernels),
         state_bytes=_state_bytes(served),
+        moving_bytes=_moving_bytes(served),
         reserved_bytes=estimate_activation_bytes(served),
         activation_bytes=None,
         page_bytes=pool.page_bytes(served.partition),
@@ -244,6 +252,24 @@ def _state_bytes(served: Served) -> int:
     programs = brief.programs(1, _mesh_of(served.partition), XLA)
     slots = replace(programs.abstract_state(), pages=[])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots))
+
+
+def _moving_bytes(served: Served) -> int:
+    """Of as many pages as move beside a step, as `serve.page_images` cuts them."""
+    if served.config.tiers.host_gib:
+        num_pages = MOST_UNDER_WAY + MOST_LANDED
+    elif served.config.split.role != "all":
+        num_pages = WINDOW + MOST_LANDED
+    else:
+        return 0
+    partition = served.partition
+    images = PageImages(served.programs(1, _mesh_of(partition), XLA))
+    num_cuts = 1
+    if partition.config.num_layers % partition.stages == 0:
+        num_cuts *= partition.stages
+    if partition.config.num_kv_heads % partition.tensor == 0:
+        num_cuts *= partition.tensor
+    return num_pages * images.image_bytes // num_cuts
 
 
 def _one_of_each(partition: Partition) -> Partition:

@@ -140,9 +140,10 @@ class Prefixes:
                 sequence.fetch.cancel()
         self._unsaved.clear()
         self.pinned.let_go()
+        num_pages = self._pool.flush()
         if self._tiers is not None:
             self._tiers.clear()
-        return self._pool.flush()
+        return num_pages
 
     def end_plan(self) -> None:
         """The step is planned: what follows comes after it on the device."""
@@ -198,14 +199,16 @@ class Prefixes:
 
     def land(self, sequence: Sequence) -> list[tuple[int, Any]]:
         """Takes what has arrived of its pages: those to write, and the images."""
-        fetch, row = sequence.fetch, sequence.slot
+        fetch, row, names = sequence.fetch, sequence.slot, sequence.names
         assert fetch is not None, "it waits for pages"
         assert row is not None, "which have a place"
+        assert names is not None, "and a name"
         is_done = fetch.done()
         landings: list[tuple[int, Any]] = []
         taken = fetch.take(MOST_LANDED)
         for key, image in taken:
             number = sequence.num_named
+            assert key == names.keys[number], "pages come in order"
             page = self._tables.pages(row)[number]
             sequence.num_computed += self._pool.page_size
             self.name_planned(sequence, sequence.num_computed)

@@ -370,8 +370,8 @@ class Pending:
 def _deliver(sending: Sending, numbers: ListLike[int], images: ListLike[Any]) -> None:
     if len(images) < len(numbers):
         sending.lose()
-    for number, image in zip(numbers, images, strict=False):
-        sending.deliver(number, image)
+    else:
+        sending.deliver(numbers[0], images)
 
 
 def _by_row(array: jax.Array) -> np.ndarray:

@@ -18,7 +18,7 @@ from serve.page_mover import PageMover
 MOST_SAVED = 2 * BATCHES[-1]
 """Pages that a step may save: they lie on the device once more until the host has them."""
 MOST_UNDER_WAY = 4 * MOST_SAVED
-"""Pages that have been read and not yet been kept."""
+"""Pages that are being read and have not been kept yet, with those that fill a batch."""
 
 
 class TierTraffic:
@@ -46,7 +46,9 @@ class TierTraffic:
     @property
     def num_savable(self) -> int:
         """Pages that the next step may save."""
-        return min(MOST_SAVED, MOST_UNDER_WAY - self._num_under_way)
+        room = MOST_UNDER_WAY - self._num_under_way
+        few, many = BATCHES
+        return min(MOST_SAVED, room - room % many if room >= many else min(room, few))
 
     def use(self, keys: Sequence[Key]) -> None:
         self._stack.use(keys)
@@ -85,8 +87,9 @@ class TierTraffic:
         if not saves:
             return
         keys, pages = zip(*saves, strict=True)
+        num_read = _num_read(len(saves))
         with self._lock:
-            self._num_under_way += len(saves)
+            self._num_under_way += num_read
         num_cleared = self._stack.num_cleared
         self._mover.read(state, pages, lambda images: self._keep(keys, images, num_cleared))
 
@@ -111,5 +114,11 @@ class TierTraffic:
                 self._stack.store(key, image, num_cleared)
         finally:
             with self._lock:
-                self._num_under_way -= len(keys)
+                self._num_under_way -= _num_read(len(keys))
             self._wake()
+
+
+def _num_read(num_pages: int) -> int:
+    """Pages that are read for so many, in whole batches."""
+    whole, rest = divmod(num_pages, BATCHES[-1])
+    return whole * BATCHES[-1] + next((batch for batch in BATCHES if 0 < rest <= batch), 0)

@@ -70,6 +70,8 @@ class Fetch:
     def take(self, most: int) -> list[tuple[Key, Buffer]]:
         """Up to `most` of the pages that have arrived, in order. Fewer, once it is `done`, are the
         last."""
+        if self.is_cancelled:
+            return []  # what was arriving just then may lack what came before it
         ready = self._ready
         return [ready.popleft() for _ in range(min(most, len(ready)))]
 

@@ -93,7 +93,7 @@ class Writer:
         switched off."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_cleared() or self._shelf.is_off() or not self._is_running(),
+                lambda: self._is_cleared() or self._is_failing() or not self._is_running(),
                 timeout_s,
             )
             return self._is_cleared()
@@ -123,8 +123,8 @@ class Writer:
         while self._wait_for_work():
             self._delete_unwanted()
             while (key := self._next()) is not None:
-                self._write(key)
                 self._delete_unwanted()
+                self._write(key)
             if self._is_order_due():
                 self._save_order()
         with self._changed:
@@ -148,6 +148,11 @@ class Writer:
 
     def _is_running(self) -> bool:
         return self._thread.ident is not None and self._stop_at_s is None
+
+    def _is_failing(self) -> bool:
+        shelf, now_s = self._shelf, self._shelf.clock()
+        cannot_list = not self._is_listed and shelf.reading.is_off(now_s)
+        return cannot_list or shelf.writing.is_off(now_s)
 
     def _is_cleared(self) -> bool:
         began = (num_cleared for _, _, num_cleared in self._under_way)
@@ -262,9 +267,8 @@ class Writer:
             shelf.writing.succeeded()
         with self._changed:
             is_forgotten = self._is_forgotten(key, num_cleared)
-            if error is None and is_forgotten and not (key in ledger or key in self._unwanted):
-                self._unwanted.add(key)  # with its room
-                self._changed.notify_all()
+            if is_forgotten and error is None:
+                self._unwant(key)
                 return
             ledger.release()
             if is_forgotten:
@@ -292,45 +296,54 @@ class Writer:
         with self._changed:
             keys = shelf.ledger.evict(min(EVICTED_AT_ONCE, len(shelf.ledger) // 16 + 1))
             num_cleared = self._num_cleared
-        left = self._delete(keys)
+        deleted = self._delete(keys)
         with self._changed:
-            for key in left:
-                if self._is_forgotten(key, num_cleared):
-                    self._unwanted.add(key)
+            for key in keys:
+                if key in deleted:
+                    shelf.ledger.release()
+                elif self._is_forgotten(key, num_cleared):
+                    self._unwant(key)
                 else:
                     shelf.take_back(key)
-            shelf.counts.evicted += len(keys) - len(left)
-        return len(left) < len(keys)
+            shelf.counts.evicted += len(deleted)
+        return bool(deleted)
+
+    def _unwant(self, key: Key) -> None:
+        """A page that was cleared is in the store after all: it goes, with the room that is
+        reserved for it."""
+        with self._changed:
+            if key in self._unwanted or key in self._shelf.ledger:
+                self._shelf.ledger.release()
+                return
+            self._unwanted.add(key)
+            self._changed.notify_all()
 
     def _delete_unwanted(self) -> None:
         """As far as the store lets it: what is left is tried again, and not found meanwhile."""
         while self._unwanted:
             with self._changed:
                 keys = list(islice(self._unwanted, EVICTED_AT_ONCE))
-            left = self._delete(keys)
+            deleted = self._delete(keys)
             with self._changed:
-                self._unwanted.difference_update(keys)
-                self._unwanted.update(left)
+                for key in deleted & self._unwanted:
+                    self._unwanted.remove(key)
+                    self._shelf.ledger.release()
                 self._changed.notify_all()
-            if left:
+            if len(deleted) < len(keys):
                 return
 
-    def _delete(self, keys: Sequence[Key]) -> list[Key]:
-        """Deletes pages that have left the ledger; returns those that it could not, whose room
-        stays reserved."""
-        shelf = self._shelf
+    def _delete(self, keys: Sequence[Key]) -> set[Key]:
+        """Deletes the records of pages that have left the ledger; returns those that are gone."""
+        shelf, deleted = self._shelf, set[Key]()
         if shelf.writing.is_off(shelf.clock()):
-            return list(keys)
-        left: list[Key] = []
+            return deleted
         for key, answer in [(key, shelf.delete(key)) for key in keys]:
             error = error_of(answer, self._left_s(WRITE_S))
-            if error is not None:
+            if error is None:
+                deleted.add(key)
+            else:
                 shelf.writing.failed(error, shelf.clock())
-                left.append(key)
-                continue
-            with self._changed:
-                shelf.ledger.release()
-        return left
+        return deleted
 
     def _is_order_due(self) -> bool:
         elapsed_s = self._shelf.clock() - self._saved_s

@@ -47,17 +47,18 @@ class Arrivals:
         self._wake, self._on_taken, self._on_over = wake, on_taken, on_over
         self._ready: deque[tuple[Key, Any]] = deque()
         self._num_taken = 0
-        self._is_done = False
+        self._is_done = self._is_cancelled = False
 
-    def accept(self, image: Any) -> None:
-        """The next page has arrived."""
-        if self._is_done:
+    def accept(self, images: Sequence[Any]) -> None:
+        """The next pages have arrived."""
+        if self._is_done or not images:
             return
-        assert self.num_arrived < len(self.keys), "more pages than were asked for"
-        self._ready.append((self.keys[self.num_arrived], image))
-        self.num_arrived += 1
+        keys = self.keys[self.num_arrived : self.num_arrived + len(images)]
+        self._ready.extend(zip(keys, images, strict=True))
+        self.num_arrived += len(images)
         self._last_s = self._clock()
-        self._is_done = self.num_arrived == len(self.keys)
+        if self.num_arrived == len(self.keys):
+            self._is_done = True
         self._wake()
 
     def end(self) -> None:
@@ -76,6 +77,8 @@ class Arrivals:
     def take(self, most: int) -> list[tuple[Key, Any]]:
         """Up to `most` of the pages that have arrived, in order. Fewer, once it is `done`, are the
         last."""
+        if self._is_cancelled:
+            return []  # what was arriving just then may lack what came before it
         taken = [self._ready.popleft() for _ in range(min(most, len(self._ready)))]
         if taken:
             self._num_taken += len(taken)
@@ -85,8 +88,13 @@ class Arrivals:
     def tier_of(self, key: Key) -> None:
         """None: they come from no tier."""
 
+    @property
+    def is_complete(self) -> bool:
+        return self.num_arrived == len(self.keys)
+
     def cancel(self) -> None:
         """Nobody waits for it any more; what was not taken is let go."""
+        self._is_cancelled = True
         if not self._is_done:
             self._is_done = True
             self._on_over()

@@ -3,7 +3,7 @@
 It does not know where a page lies, or how it travels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 WINDOW = 64
@@ -21,14 +21,14 @@ class Sending:
         self,
         first: int,
         last: int,
-        deliver: Callable[[int, Any], None],
+        deliver: Callable[[int, Sequence[Any]], None],
         window: int = WINDOW,
         on_lost: Callable[[], None] = lambda: None,
         stays_on_devices: bool = False,
     ) -> None:
-        """`deliver(number, image)` is called from a thread of the engine's, `on_lost` instead when a
-        page could not be read. An image is bytes, or where it is to stay on devices whatever the
-        engine has there."""
+        """`deliver(number, images)`, of the pages from a number on, is called from a thread of the
+        engine's, `on_lost` instead when a page could not be read. An image is bytes, or where it is
+        to stay on devices whatever the engine has there."""
         if not 0 <= first < last:
             raise ValueError(f"pages {first} to {last - 1} are none; ask for one or more")
         self.first, self.last = first, last

@@ -47,7 +47,9 @@ class ControlService(pb_grpc.ControlServicer):
     async def FlushCache(  # noqa: N802
         self, request: pb.FlushCacheRequest, context: Context
     ) -> pb.FlushCacheResponse:
-        return pb.FlushCacheResponse(num_pages=self._front.engine.flush_cache())
+        # It waits for disks.
+        num_pages = await asyncio.to_thread(self._front.engine.flush_cache)
+        return pb.FlushCacheResponse(num_pages=num_pages)
 
     async def SubscribeCacheEvents(  # noqa: N802
         self, request: pb.SubscribeCacheEventsRequest, context: Context

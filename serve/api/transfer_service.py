@@ -6,7 +6,7 @@ It does not know how an engine computes, or what the receiver does with pages.
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -26,8 +26,10 @@ from serve.pb import inference_pb2_grpc as pb_grpc
 from serve.prefill.asking import prefill_request
 from serve.prefill.pulls import Offers
 from serve.request import FinishReason, GenerateRequest, Output
+from serve.to_thread import to_its_end
 
 LONGEST_LEASE_S = 600.0
+MESSAGE_BYTES = CHUNK_BYTES
 
 
 class Engine(Protocol):
@@ -41,12 +43,12 @@ class Engine(Protocol):
 
 
 class TransferService(pb_grpc.TransferServicer):
-    def __init__(self, engine: Engine, form: RecordFormat, host: str = "127.0.0.1") -> None:
-        """`host` is where pages that stay on devices are offered."""
+    def __init__(self, engine: Engine, form: RecordFormat, host: str = "") -> None:
+        """`host` is where pages are offered that stay on devices; empty: they go over gRPC."""
         self._engine, self._form, self._host = engine, form, host
 
     @classmethod
-    def of(cls, engine: Engine, form: RecordFormat, host: str = "127.0.0.1") -> Service:
+    def of(cls, engine: Engine, form: RecordFormat, host: str = "") -> Service:
         add = pb_grpc.add_TransferServicer_to_server
         return Service("Transfer", add, cls(engine, form, host))
 
@@ -58,7 +60,8 @@ class TransferService(pb_grpc.TransferServicer):
             if not opening.HasField("request"):
                 raise InvalidRequest("the first message has no request; send the prompt first")
             asked = self._checked(opening.request)
-            offers = Offers(self._host) if asked.offers else None
+            # Whoever asks for offers takes records, too.
+            offers = Offers(self._host) if asked.offers and self._host else None
             departure = _Departure(self._engine, self._form, asked, offers)
             await departure.run(messages, context)
 
@@ -127,12 +130,18 @@ class _Departure:
     async def run(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
         following = asyncio.create_task(self._follow(messages))
         try:
-            names = await asyncio.to_thread(self._submit)
+            names = await to_its_end(self._submit)
+            message = pb.PageChunks()
             for number in range(self._sending.first, self._sending.last):
                 image = await self._next(context)
-                async for message in self._messages(number, names.keys[number], image):
-                    async with asyncio.timeout(self._lease_s):
-                        await context.write(message)
+                async for chunk in self._chunks(number, names.keys[number], image):
+                    message.chunks.append(chunk)
+                    # Many small pages together: a message takes both sides longer than such a page.
+                    if message.ByteSize() >= MESSAGE_BYTES:
+                        await self._write(message, context)
+                if not self._ready:
+                    await self._write(message, context)
+            await self._write(message, context)
         except TimeoutError:
             await abort(
                 context,
@@ -141,12 +150,18 @@ class _Departure:
             )
         finally:
             following.cancel()
-            # First, for a call may be cancelled while its prompt is being submitted.
             self._sending.end()
             # It may have ended, and an id that is not there is ignored.
             await asyncio.to_thread(self._engine.abort, self._request.request_id)
 
-    async def _messages(self, number: int, key: Key, image: Any) -> AsyncGenerator[pb.PageChunk]:
+    async def _write(self, message: pb.PageChunks, context: Context) -> None:
+        """Sends what is in the message, if anything, and empties it."""
+        if message.chunks:
+            async with asyncio.timeout(self._lease_s):
+                await context.write(message)
+            del message.chunks[:]
+
+    async def _chunks(self, number: int, key: Key, image: Any) -> AsyncGenerator[pb.PageChunk]:
         """A page on the wire."""
         if self._offers is not None:
             offer = await asyncio.to_thread(self._offers.of, image)
@@ -187,8 +202,8 @@ class _Departure:
                 self._changed.set()
                 await asyncio.to_thread(self._engine.wake)
 
-    def _deliver(self, number: int, image: Any) -> None:
-        self._put((number, image))
+    def _deliver(self, number: int, images: Sequence[Any]) -> None:
+        self._put(*((i, image) for i, image in enumerate(images, number)))
 
     def _lose(self) -> None:
         self._put("a page could not be read from the devices; ask another engine")
@@ -199,8 +214,8 @@ class _Departure:
         elif output.finish_reason is FinishReason.CANCELLED:
             self._put("the prompt was aborted here; ask another engine")
 
-    def _put(self, item: tuple[int, Any] | str) -> None:
+    def _put(self, *items: tuple[int, Any] | str) -> None:
         """From any thread."""
-        self._ready.append(item)
+        self._ready.extend(items)
         with suppress(RuntimeError):  # the loop has closed, and the receiver's call with it
             self._loop.call_soon_threadsafe(self._changed.set)

@@ -14,7 +14,7 @@ from serve.api.transfer_service import TransferService
 from serve.build import build_contexts, build_engine
 from serve.commands.devices import ensure_devices, keep_compiled_programs
 from serve.commands.text import load_text
-from serve.config import ListenSection, ServeConfig
+from serve.config import ServeConfig
 from serve.contexts import ContextCache
 from serve.engine import Engine
 from serve.front import Front
@@ -53,7 +53,7 @@ def run(config: ServeConfig, profile: Path | None = None) -> None:
     with traced(engine.profiles, profile) if profile else nullcontext():
         engine.start()
         try:
-            asyncio.run(_serve(front, engine, contexts, config.listen))
+            asyncio.run(_serve(front, engine, contexts, config))
         finally:
             engine.stop()
 
@@ -62,11 +62,13 @@ async def _serve(
     front: Front,
     engine: Engine | Replicas,
     contexts: ContextCache | None,
-    listen: ListenSection,
+    config: ServeConfig,
 ) -> None:
+    listen = config.listen
     services = [ContextsService.of(contexts)] if contexts else []
     if engine.page_form is not None:
-        services = [TransferService.of(engine, engine.page_form, listen.grpc.rpartition(":")[0])]
+        host = listen.grpc.rpartition(":")[0] if config.split.carrier == "jax" else ""
+        services = [TransferService.of(engine, engine.page_form, host)]
     server = GrpcServer(front, listen.grpc, services)
     await server.start()
     try:

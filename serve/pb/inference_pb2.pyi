@@ -482,6 +482,12 @@ class PagesTaken(_message.Message):
     num_pages: int
     def __init__(self, num_pages: _Optional[int] = ...) -> None: ...
 
+class PageChunks(_message.Message):
+    __slots__ = ("chunks",)
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[PageChunk]
+    def __init__(self, chunks: _Optional[_Iterable[_Union[PageChunk, _Mapping]]] = ...) -> None: ...
+
 class PageChunk(_message.Message):
     __slots__ = ("page", "offset", "data", "offer")
     PAGE_FIELD_NUMBER: _ClassVar[int]

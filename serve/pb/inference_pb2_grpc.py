@@ -751,7 +751,7 @@ class TransferStub:
         self.Prefill = channel.stream_stream(
                 '/weft.v1.Transfer/Prefill',
                 request_serializer=serve_dot_pb_dot_inference__pb2.PrefillMessage.SerializeToString,
-                response_deserializer=serve_dot_pb_dot_inference__pb2.PageChunk.FromString,
+                response_deserializer=serve_dot_pb_dot_inference__pb2.PageChunks.FromString,
                 _registered_method=True)
 
 
@@ -775,7 +775,7 @@ def add_TransferServicer_to_server(servicer, server):
             'Prefill': grpc.stream_stream_rpc_method_handler(
                     servicer.Prefill,
                     request_deserializer=serve_dot_pb_dot_inference__pb2.PrefillMessage.FromString,
-                    response_serializer=serve_dot_pb_dot_inference__pb2.PageChunk.SerializeToString,
+                    response_serializer=serve_dot_pb_dot_inference__pb2.PageChunks.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -806,7 +806,7 @@ class Transfer:
             target,
             '/weft.v1.Transfer/Prefill',
             serve_dot_pb_dot_inference__pb2.PrefillMessage.SerializeToString,
-            serve_dot_pb_dot_inference__pb2.PageChunk.FromString,
+            serve_dot_pb_dot_inference__pb2.PageChunks.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ from threading import Lock
 from cache.transfers.arrivals import Arrivals
 from cache.transfers.counts import Outcome, TransferCounts
 from serve import plan
+from serve.front import MAX_NAME_LENGTH
 from serve.request import GenerateRequest, SamplingParams
 
 _numbers = count()
@@ -28,7 +29,7 @@ def prefill_request(
     reads. `name` says on whose behalf; its id is unique in this process.
     """
     return GenerateRequest(
-        request_id=f"prefill-{next(_numbers)}-{name}",
+        request_id=f"prefill-{next(_numbers)}-{name}"[:MAX_NAME_LENGTH],
         prompt_ids=tuple(token_ids[: num_pages * page_size + 1]),
         sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
         tenant=tenant,
@@ -67,15 +68,14 @@ class Tally:
         with self._lock:
             self._counts.outcomes[outcome] += 1
 
-    def arrived(self, num_bytes: int) -> None:
-        """A page."""
+    def arrived(self, num_pages: int, num_bytes: int) -> None:
         with self._lock:
-            self._counts.pages += 1
+            self._counts.pages += num_pages
             self._counts.bytes += num_bytes
 
     def ended_as(self, arrivals: Arrivals, otherwise: Outcome) -> None:
         """Nothing more comes, and it ended `otherwise` unless the receiver knows better."""
-        if arrivals.num_arrived == len(arrivals.keys):
+        if arrivals.is_complete:
             self.ended(Outcome.COMPLETE)
         elif arrivals.is_late:
             self.ended(Outcome.LATE)

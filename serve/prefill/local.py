@@ -4,7 +4,7 @@ It does not know how an engine computes, or when a prompt is asked for.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,10 +101,10 @@ class _Transfer:
         self._home.engine.abort(self._request.request_id)
         self._count(Outcome.CANCELLED)
 
-    def _deliver(self, number: int, image: Any) -> None:
-        self._home.tally.arrived(0)
-        self.arrivals.accept(image)
-        if number == self._sending.last - 1:
+    def _deliver(self, number: int, images: Sequence[Any]) -> None:
+        self._home.tally.arrived(len(images), 0)
+        self.arrivals.accept(images)
+        if number + len(images) == self._sending.last:
             self._home.run(self._count, Outcome.COMPLETE)
 
     def _lose(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import grpc
@@ -86,6 +87,8 @@ class RemotePrefill:
         self._least_tokens, self._lease_s = least_tokens, lease_s
         self._destination, self._clock = destination, clock
         self._tally = Tally()
+        self._lock = Lock()
+        """Guards what peers have left."""
         self._wake: Callable[[], None] = lambda: None
         self._threads = ThreadPoolExecutor(MOST_TRANSFERS, thread_name_prefix="weft-prefill")
 
@@ -131,6 +134,11 @@ class RemotePrefill:
             key=lambda peer: peer.num_left,
             default=None,
         )
+
+    def owe(self, peer: _Peer, num_pages: int) -> None:
+        """The engine has as many more pages yet to send, or fewer."""
+        with self._lock:
+            peer.num_left += num_pages
 
     def pulls(self, peer: _Peer) -> Pulls | None:
         """What brings pages that stay on devices, if they may."""
@@ -197,10 +205,11 @@ class _Transfer:
     def run(self) -> None:
         asked: list[_Peer] = []
         try:
-            while len(asked) < MOST_ATTEMPTS and (peer := self._home.choose(asked)) is not None:
-                asked.append(peer)
-                if self._ask(peer) or self._is_cancelled:
+            while not self._is_cancelled and len(asked) < MOST_ATTEMPTS:
+                peer = self._home.choose(asked)
+                if peer is None or self._ask(peer):
                     return
+                asked.append(peer)
         except Exception:
             log.exception("a prompt is computed here that another engine should have")
         finally:
@@ -210,7 +219,8 @@ class _Transfer:
         """Whether all that was missing came."""
         outcome = Outcome.FAILED
         self._num_before = self.arrivals.num_arrived
-        peer.num_left += (num_left := len(self._keys) - self._num_before)
+        num_left = len(self._keys) - self._num_before
+        self._home.owe(peer, num_left)
         try:
             self._receive(peer)
             peer.breaker.succeeded()
@@ -224,7 +234,7 @@ class _Transfer:
             elif not self._is_cancelled:
                 _count_failure(peer, error, self._home.now_s())
         finally:
-            peer.num_left -= num_left
+            self._home.owe(peer, -num_left)
             self._home.tally.ended_as(self.arrivals, outcome)
         return False
 
@@ -233,21 +243,17 @@ class _Transfer:
         first = self._first + self._num_before
         assembler = self._home.assembler(self._keys[self._num_before :], first)
         pulls = self._home.pulls(peer)
-        told = self._told = SimpleQueue()
+        told: SimpleQueue[pb.PrefillMessage | None] = SimpleQueue()
         told.put(self._home.opening(self._request, first, pulls is not None))
+        self._told = told  # from now on `taken` comes after the opening
         call = self._call = peer.prefill(iter(told.get, None))
         try:
             if self._is_cancelled:
                 call.cancel()
-            for chunk in call:
-                if pulls is not None and chunk.HasField("offer"):
-                    page = pulls.take(chunk.offer)
-                    assembler.add_whole(chunk.page)
-                    self._accept(page, 0)
-                else:
-                    image = assembler.add(Chunk(chunk.page, chunk.offset, chunk.data))
-                    if image is not None:
-                        self._accept(image, image.nbytes)
+            for message in call:
+                self._take(message, assembler, pulls)
+                if self.arrivals.is_complete:
+                    break
             assembler.finish()
         except Exception:
             if pulls is not None and not self._is_cancelled:
@@ -258,9 +264,23 @@ class _Transfer:
             told.put(None)
             call.cancel()
 
-    def _accept(self, page: Any, num_bytes: int) -> None:
-        self._home.tally.arrived(num_bytes)
-        self.arrivals.accept(page)
+    def _take(self, message: pb.PageChunks, assembler: Assembler, pulls: Pulls | None) -> None:
+        """Also of a message that is broken, what came before that."""
+        images: list[Any] = []
+        try:
+            for chunk in message.chunks:
+                if pulls is not None and chunk.HasField("offer"):
+                    page = pulls.take(chunk.offer)
+                    assembler.add_whole(chunk.page)
+                    images.append(page)
+                    continue
+                image = assembler.add(Chunk(chunk.page, chunk.offset, chunk.data))
+                if image is not None:
+                    images.append(image)
+        finally:
+            num_bytes = sum(image.nbytes for image in images if isinstance(image, memoryview))
+            self._home.tally.arrived(len(images), num_bytes)
+            self.arrivals.accept(images)
 
 
 def _count_failure(peer: _Peer, error: Any, now_s: float) -> None:

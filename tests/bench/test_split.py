@@ -4,7 +4,6 @@ import io
 import json
 import sys
 import threading
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,7 @@ from cache.transfers.counts import Outcome, TransferCounts
 from serve.config import make_config
 from serve.engine import ModelInfo
 from serve.errors import RequestError
-from serve.request import FinishReason, Output, TokenLogprobs, Usage
+from serve.request import FinishReason, Output, TokenLogprobs
 from tests.serve.harness import generate
 from tests.serve.prefill.split import alone as one_engine
 from tests.serve.prefill.split import local_sides
@@ -163,7 +162,7 @@ def test_what_things_take_alone_is_measured_without_long_prompts_beside():
     found = measure_alone(engine, LOAD)
     assert found.long_first > 0
     assert found.gap >= 0
-    assert [len(request.prompt_ids) for request in engine.requests] == [20] * 5 + [4] * 7
+    assert [len(request.prompt_ids) for request in engine.requests] == [4] * 2 + [20] * 5 + [4] * 5
 
 
 class MarginEngine(FakeEngine):
@@ -341,7 +340,7 @@ def report(**changes):
         {ONE: rounds(0.04), split.HERE: rounds(0.01)},
         num_compared=7,
         differences=[Difference(split.HERE, "round 0, long 1", 3, 1e-6)],
-        outcomes={split.HERE: Counter(complete=3)},
+        outcomes={split.HERE: {"complete": 3}},
         compiled_late=0,
     )
     moving = [split_moving.Moving("in one process", 10, 1.0, 1.1, 0.2, 0.05)]

@@ -152,8 +152,8 @@ class Parts:
         page_form: RecordFormat | None = None,
         **changes: Any,
     ) -> Engine:
-        """A new one, not started: `generate` and tests move it by `step`. `prefill` computes prompts
-        for it; with a `page_form` it does so for others."""
+        """A new one, not started: `generate` and tests move it by `step`. `prefill` computes
+        prompts for it; with a `page_form` it does so for others."""
         pool = self.tables.pool
         info = ModelInfo(
             name="tiny",

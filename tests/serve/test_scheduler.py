@@ -125,7 +125,7 @@ class FakeDevice:
             assert len(self._image(page)) == self.tables.pool.page_size, "a page is saved half full"
             self.tiers.keep(key, self._image(page))
         for sending, number, page in plan.sends:
-            sending.deliver(number, self._image(page))
+            sending.deliver(number, [self._image(page)])
         for page, image in plan.landings:
             self._set_image(page, image)
         for source, target in plan.copies:
@@ -313,8 +313,9 @@ class FakeReceiver:
             return None
         return Sending(self.first, last, self._deliver, self.window)
 
-    def _deliver(self, number: int, image: Any) -> None:
+    def _deliver(self, number: int, images: list[Any]) -> None:
         assert number == self.first + len(self.images)
+        [image] = images
         tokens = list(self.request.prompt_ids)
         assert image == image_of(self.request, tokens, number, self.page_size)
         self.images.append(image)

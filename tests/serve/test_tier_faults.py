@@ -1,21 +1,39 @@
-"""Tiers that fail: tokens are those of a server without tiers, nothing leaks, and all is counted."""
+"""Tiers that fail: tokens are those of a server without, nothing leaks, and all is counted."""
 
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from cache.tiers.host import HostTier
+from cache.tiers.stack import TierStack
 from cache.tiers.worth import Worth
 from serve.api.http_server import EngineCollector
 from serve.build import build_engine
-from serve.page_images import Reading
+from serve.client import Client
+from serve.config import ConfigError, make_config
+from serve.engine import Engine
+from serve.fit import Served, fit
+from serve.front import Front
+from serve.page_images import BATCHES, Reading, _batches, _padded
+from serve.plan import StepPlan
+from serve.profile import Step
+from serve.runner import Runner
+from serve.tier_traffic import MOST_SAVED, MOST_UNDER_WAY, TierTraffic
+from sharding.mesh import MeshShape
 from tests.cache.tiers.fake_store import DISK_FULL, FakeStore, until
-from tests.serve.harness import Answer, greedy
+from tests.serve.fake_engine import FakeEngine, served
+from tests.serve.harness import DENSE, Answer, greedy, make_parts, random_weights
 from tests.serve.test_build import MODEL, configure
 from tools.random_checkpoint import write_random_checkpoint
 
@@ -150,9 +168,7 @@ def recovers(server: Server) -> None:
         ("read", OSError(5, "Input/output error"), "EIO", ("misses_total", "failed")),
     ],
 )
-def test_store_that_fails_costs_nothing_but_computing(
-    start, store, operation, error, reason, loss
-):
+def test_store_that_fails_costs_nothing_but_computing(start, store, operation, error, reason, loss):
     server = start("memory://")
     server.rounds(1)
     until(lambda: not server.disk().num_queued)
@@ -266,6 +282,7 @@ def test_records_that_are_not_what_they_should_be_are_computed_and_replaced(star
     assert server.metric("hits_total") == 0
     recovers(server)
 
+
 def test_pages_of_another_form_lie_in_a_folder_of_their_own(start, tmp_path, monkeypatch):
     folder = tmp_path / "pages"
     first = start(folder.as_uri())
@@ -279,7 +296,7 @@ def test_pages_of_another_form_lie_in_a_folder_of_their_own(start, tmp_path, mon
 
 
 @pytest.fixture
-def reads(monkeypatch) -> threading.Event:
+def reads(monkeypatch) -> Iterator[threading.Event]:
     """Pages come from the device when it is set."""
     may_go_on = threading.Event()
     wait = Reading.wait
@@ -289,7 +306,8 @@ def reads(monkeypatch) -> threading.Event:
         return wait(self)
 
     monkeypatch.setattr(Reading, "wait", wait_for_it)
-    return may_go_on
+    yield may_go_on
+    may_go_on.set()
 
 
 def test_pages_on_their_way_from_the_device_are_flushed(start, tmp_path, reads):
@@ -306,25 +324,72 @@ def test_pages_on_their_way_from_the_device_are_flushed(start, tmp_path, reads):
     assert (again.fetched(0), again.fetched(1)) == (0, 48)
 
 
-def test_request_that_waits_for_a_page_is_computed_after_a_flush(start, store):
-    server = start("memory://")
+def test_pages_that_are_about_to_be_read_from_the_device_are_flushed(start, tmp_path, monkeypatch):
+    planned, may_go_on = threading.Event(), threading.Event()
+    prepare = Runner.prepare
+
+    def wait_and_prepare(self: Runner, plan: StepPlan, step: Step) -> None:
+        if plan.saves:
+            planned.set()
+            assert may_go_on.wait(TIMEOUT_S)
+        prepare(self, plan, step)
+
+    monkeypatch.setattr(Runner, "prepare", wait_and_prepare)
+    server, answer = start((tmp_path / "pages").as_uri()), Answer()
+    server.engine.submit(greedy("r", PROMPTS[0], NUM_TOKENS), answer)
+    assert planned.wait(TIMEOUT_S)
+    flush = threading.Thread(target=server.engine.flush_cache)
+    flush.start()
+    time.sleep(0.05)
+    may_go_on.set()
+    flush.join()
+    assert server.engine.wait_idle(TIMEOUT_S)
+    server.check(0, answer)
+    server.engine.stop()
+    assert [tier.num_pages for tier in server.engine.tiers()] == [0, 0]
+
+
+def test_pages_that_a_request_waits_for_are_computed_after_a_flush(start, store, monkeypatch):
+    monkeypatch.setattr(Worth, "recompute_s", lambda self, costs: [cost * 100 for cost in costs])
+    server, answer = start("memory://"), Answer()
     server.rounds(1)
     until(lambda: server.disk().num_pages == 3 * len(PROMPTS))
+    before = dict(store.data)
     store.hanging.add("read")
-    answer = Answer()
     server.engine.submit(greedy("r", PROMPTS[0], NUM_TOKENS), answer)
     until(lambda: store.hung)
-    began_s = time.monotonic()
     server.engine.flush_cache()
-    assert server.engine.wait_idle(TIMEOUT_S)
-    assert time.monotonic() - began_s < TIMEOUT_S / 2
-    server.check(0, answer)
-    assert answer.outputs[-1].usage.cached_tokens == 0
+    store.data |= before
     store.release()
-    until(lambda: server.disk().num_pages == 3)
+    assert server.engine.wait_idle(TIMEOUT_S)
+    server.check(0, answer)
+    usage = answer.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 0
+
+
+def test_engine_that_stops_sleeps_until_its_pages_are_read(start, store, reads, monkeypatch):
+    monkeypatch.setattr("serve.tier_traffic.MOST_UNDER_WAY", 4)
+    num_steps = 0
+    step = Engine.step
+
+    def count(self: Engine) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", count)
+    server = start("memory://")
+    server.ask(0)
     server.ask(1)
-    until(lambda: server.disk().num_pages == 6)
-    assert all(tier.num_pages <= 6 for tier in server.engine.tiers())
+    stop = threading.Thread(target=server.engine.stop)
+    before = num_steps
+    stop.start()
+    time.sleep(0.1)
+    assert num_steps < before + 5
+    reads.set()
+    stop.join()
+    assert len(store.records()) == 6
 
 
 def test_flush_returns_when_the_disk_has_nothing_left(start, tmp_path):
@@ -333,3 +398,106 @@ def test_flush_returns_when_the_disk_has_nothing_left(start, tmp_path):
     server.engine.flush_cache()
     assert records_of(tmp_path / "pages") == []
     assert [tier.num_pages for tier in server.engine.tiers()] == [0, 0]
+
+
+def test_others_are_answered_while_a_flush_waits_for_a_disk(monkeypatch):
+    may_go_on = threading.Event()
+
+    def flush_cache(engine: FakeEngine) -> int:
+        return 7 if may_go_on.wait(TIMEOUT_S) else 0
+
+    monkeypatch.setattr(FakeEngine, "flush_cache", flush_cache)
+    num_pages: list[int] = []
+    with (
+        FakeEngine() as engine,
+        served(Front(engine)) as address,
+        Client(address, timeout_s=TIMEOUT_S / 6) as client,
+    ):
+        flush = threading.Thread(target=lambda: num_pages.append(client.flush_cache()))
+        flush.start()
+        assert client.load().num_running == 0
+        assert num_pages == []
+        may_go_on.set()
+        flush.join()
+    assert num_pages == [7]
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=80))
+def test_no_more_pages_are_being_read_than_are_counted_for(wanted):
+    """With those that fill their batches."""
+    ends: list[Callable[[list], None]] = []
+    lengths: list[int] = []
+
+    def read(state, pages, then) -> None:
+        lengths.extend(len(_padded(some)) for some in _batches(pages))
+        ends.append(then)
+
+    state: Any = None
+    mover: Any = SimpleNamespace(read=read)
+    traffic = TierTraffic(TierStack(HostTier(0, PAGE_BYTES), []), mover, float)
+    for num_pages in wanted:
+        some = range(min(num_pages, traffic.num_savable))
+        traffic.save(state, [(bytes(16), page) for page in some])
+    assert sum(lengths) <= MOST_UNDER_WAY
+    assert traffic.num_savable > 0 or sum(lengths) == MOST_UNDER_WAY
+    for end in ends:
+        end([])
+    assert traffic.num_savable == MOST_SAVED
+
+
+@pytest.mark.parametrize(
+    ("tiers", "why"),
+    [
+        (
+            {"host_gib": 1e-6},
+            "tiers.host_gib is 1e-06: 1,074 bytes for each of 1 replicas, and a page takes 4,096; "
+            "give 3.85e-06 or more",
+        ),
+        (
+            {"host_gib": 0.01, "stores": [{"name": "disk", "url": "memory://", "gib": 1e-6}]},
+            "tiers.stores, disk: gib is 1e-06: 1,074 bytes for each of 1 replicas, and a page "
+            "takes 4,160; give 3.91e-06 or more",
+        ),
+        ({"host_gib": 1e6}, "tiers.host_gib is 1000000.0, this machine has .* in all; give what"),
+        (
+            {
+                "host_gib": 0.01,
+                "stores": [
+                    {"name": name, "url": url, "gib": 0.01}
+                    for name, url in (("a", "memory://x"), ("b", "memory://x/"))
+                ],
+            },
+            "tiers.stores, a and b: both are memory://x/, .* give each a url of its own",
+        ),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused_before_weights_are_read(
+    checkpoint, monkeypatch, tiers, why
+):
+    monkeypatch.setattr("serve.build.load_weights", None)
+    with pytest.raises(ConfigError, match=f"^{why}"):
+        Server(checkpoint, None, **tiers)
+
+
+@pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (1, 2), (5, 1), (2, 4)])
+def test_pages_on_their_way_are_counted_as_they_lie_on_a_device(stage, tensor):
+    parts = make_parts(
+        DENSE, random_weights(DENSE), MeshShape(stage=stage, tensor=tensor), moves_pages=True
+    )
+    assert parts.mover is not None
+    reading = parts.mover.images.read(parts.runner.programs.new_state(), [1] * BATCHES[0])
+    [(_, arrays)] = reading._batches
+    page_bytes = sum(array.addressable_shards[0].data.nbytes for array in arrays) // BATCHES[0]
+    sections = {"model": {"path": "nowhere"}, "mesh": {"stage": stage, "tensor": tensor}}
+
+    def moving_bytes(**more):
+        served = Served(make_config(sections | more, "test"), DENSE, "cpu")
+        found = fit(served, 10**9)
+        assert (
+            found.needed_bytes == replace(found, moving_bytes=0).needed_bytes + found.moving_bytes
+        )
+        return found.moving_bytes
+
+    assert moving_bytes(tiers={"host_gib": 1.0}) == 288 * page_bytes
+    assert moving_bytes(split={"role": "prefill"}) == 96 * page_bytes
+    assert moving_bytes() == 0

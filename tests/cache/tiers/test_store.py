@@ -423,6 +423,67 @@ def test_write_that_ends_after_a_clearing_leaves_nothing():
     assert closed(tier).num_pages == len(store.records()) == 1
 
 
+def test_write_that_ends_long_after_a_clearing_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cache.tiers.writer.WRITE_S", 0.01)
+    store = FakeStore()
+    tier = opened(store)
+    store.hanging.add("write")
+    tier.write(key(0), image(key(0)))
+    until(lambda: report(tier).counts.drops[Drop.FAILED] == 1)
+    tier.clear()
+    assert tier.await_cleared(GRACE_S)
+    store.release()
+    until(lambda: not store.records())
+    assert closed(tier).num_pages == 0
+
+
+def test_page_written_anew_outlasts_what_was_written_before_a_clearing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whichever of the two writes ends first."""
+    monkeypatch.setattr("cache.tiers.writer.WRITE_S", 0.01)
+    store = FakeStore()
+    tier = opened(store)
+    for is_first_first in (True, False):
+        tier.clear()
+        assert tier.await_cleared(GRACE_S)
+        store.hanging.add("write")
+        for _ in range(2):
+            num_drops = report(tier).counts.drops[Drop.FAILED]
+            tier.write(key(0), image(key(0)))
+            until(lambda num=num_drops: report(tier).counts.drops[Drop.FAILED] == num + 1)
+            tier.clear()
+        tier.write(key(0), image(key(0)))
+        until(lambda: len(store.hung) == 3)
+        writes, store.hung = store.hung, []
+        store.hanging.clear()
+        for future, run in writes if is_first_first else reversed(writes):
+            future.set_result(run())
+        until(lambda: tier.await_cleared(GRACE_S) and not report(tier).num_queued)
+        until(lambda: report(tier).num_pages == len(store.records()) == 1)
+        assert read(tier, key(0)) == image(key(0))
+    closed(tier)
+
+
+def test_what_was_cleared_makes_room_for_what_comes_next():
+    store = FakeStore()
+    tier = opened(store, capacity=3)
+    for one in keys(2):
+        tier.write(one, image(one))
+    until(lambda: report(tier).num_pages == 2)
+    store.hanging.add("write")
+    tier.write(key(2), image(key(2)))
+    until(lambda: store.hung)
+    tier.clear()
+    for one in keys(3):
+        tier.write(one, image(one))
+    store.release()
+    until(lambda: not report(tier).num_queued)
+    assert report(tier).counts.drops == {}
+    assert closed(tier).num_pages == len(store.records()) == 3
+    assert store.peak_bytes == 3 * FORM.record_bytes
+
+
 def test_page_that_is_cleared_before_its_write_begins_is_not_written(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -1,5 +1,6 @@
 """Prompts computed by another server: whatever it or the way does, the tokens are the same."""
 
+import asyncio
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from serve.api.transfer_service import TransferService
 from serve.front import Front
 from serve.pb import inference_pb2 as pb
 from serve.pb import inference_pb2_grpc as pb_grpc
-from serve.prefill.remote import RemotePrefill
+from serve.prefill.remote import MOST_TRANSFERS, RemotePrefill
 from serve.request import FinishReason
 from tests.serve.fake_engine import served
 from tests.serve.harness import (
@@ -71,9 +72,11 @@ class FaultyContext:
         return getattr(self._context, name)
 
     async def write(self, message):
-        number, self._num = self._num, self._num + 1
-        for one in self._changed(number, message):
-            await self._context.write(one)
+        """Each chunk alone."""
+        for chunk in message.chunks:
+            number, self._num = self._num, self._num + 1
+            for one in self._changed(number, chunk):
+                await self._context.write(pb.PageChunks(chunks=[one]))
 
     def _changed(self, number, message):
         if number == self._faults.at + 1 and self._kept is not None:
@@ -124,10 +127,13 @@ class FaultyService(TransferService):
     faults = Faults()
 
     async def Prefill(self, messages, context: Any):  # noqa: N802
+        fault = self.faults.name if self.faults.left else ""
         if self.faults.left:
             self.faults.left -= 1
             context = FaultyContext(context, self.faults)
         await super().Prefill(messages, context)
+        if fault == "stay":
+            await asyncio.Event().wait()
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,9 @@ def far_sides(
     lease_s=TIMEOUT_S,
     key=FORM_KEY,
     stays_on_devices=False,
+    offers=True,
 ):
-    service = FaultyService(computing, computing.page_form)
+    service = FaultyService(computing, computing.page_form, "127.0.0.1" if offers else "")
     service.faults = Faults()
     form = RecordFormat(key, computing.page_form.image_bytes)
     with ExitStack() as stack:
@@ -249,6 +256,25 @@ def test_what_the_way_damages_is_computed_again(computing, decoding, expected, f
         assert sides.outcomes().total() == 1
         kind = Outcome.FAILED if fault == "die" else Outcome.BROKEN
         assert sides.outcomes()[kind] == 1
+
+
+def test_a_sender_that_never_ends_holds_nobody_up(computing, decoding, expected):
+    """Of more prompts than there are threads for."""
+    with far_sides(computing, decoding) as sides:
+        num_prompts = MOST_TRANSFERS + 2
+        sides.service.faults = Faults("stay", 10**9, left=num_prompts)
+        for i in range(num_prompts):
+            sides.decode.flush_cache()
+            [answer] = sides.answers([greedy(f"r{i}", PROMPT, 1)])
+            assert answer.token_ids == expected[:1]
+        wait_until(lambda: sides.outcomes() == {Outcome.COMPLETE: num_prompts})
+
+
+def test_an_id_may_be_as_long_as_an_id_may_be(computing, decoding, expected):
+    with far_sides(computing, decoding) as sides:
+        [answer] = sides.answers([greedy("x" * 256, PROMPT, 8)])
+        assert answer.token_ids == expected
+        assert num_sent(answer) == 96
 
 
 def test_another_engine_sends_the_rest_of_what_one_began(computing, decoding, expected):
@@ -328,6 +354,13 @@ def test_pages_that_stay_on_devices_come_without_a_byte_over_grpc(computing, dec
         assert (counts.pages, counts.bytes) == (6, 0)
 
 
+def test_a_sender_that_offers_nothing_sends_records(computing, decoding, expected):
+    with far_sides(computing, decoding, stays_on_devices=True, offers=False) as sides:
+        [answer] = sides.answers([REQUEST])
+        assert answer.token_ids == expected
+        assert sides.decode.transfers()[0].bytes == 6 * sides.form.image_bytes
+
+
 @pytest.mark.parametrize("fault", ["checksum", "place", "places", "number"])
 def test_an_offer_that_is_wrong_is_the_last_of_its_sender(
     computing, decoding, expected, fault, caplog
@@ -395,7 +428,7 @@ def test_a_receiver_that_vanishes_is_let_go(computing, decoding, monkeypatch):
     """`far_sides` looks whether any page is still owned."""
     monkeypatch.setattr("serve.api.transfer_service.Sending", partial(Sending, window=2))
     with far_sides(computing, decoding) as sides, stub_of(sides) as stub:
-        for num_chunks in (0, 1, 2):
+        for num_messages in (0, 1):
             stay = threading.Event()
 
             def messages(stay=stay):
@@ -403,7 +436,7 @@ def test_a_receiver_that_vanishes_is_let_go(computing, decoding, monkeypatch):
                 stay.wait(TIMEOUT_S)
 
             call = stub.Prefill(messages())
-            for _ in range(num_chunks):
+            for _ in range(num_messages):
                 next(call)
             call.cancel()
             stay.set()
