@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serve.api.calls import Calls
 from serve.api.control_service import ControlService
 from serve.api.health_service import HealthService
 from serve.api.inference_service import InferenceService
@@ -47,6 +48,8 @@ class Service(NamedTuple):
     name: str
     add: Callable[[Any, grpc.aio.Server], None]
     servicer: Any
+    calls: Calls | None = None
+    """Those that a drain waits for."""
 
 
 class GrpcServer:
@@ -64,7 +67,12 @@ class GrpcServer:
         self._health = HealthService(front, self._names)
         control = ControlService(front, self._health.refresh)
         self._services = [
-            Service("Inference", pb_grpc.add_InferenceServicer_to_server, self._inference),
+            Service(
+                "Inference",
+                pb_grpc.add_InferenceServicer_to_server,
+                self._inference,
+                self._inference.calls,
+            ),
             Service("Control", pb_grpc.add_ControlServicer_to_server, control),
             *more,
         ]
@@ -89,7 +97,9 @@ class GrpcServer:
         """Refuses new requests with UNAVAILABLE; returns when those that were taken have ended."""
         self._front.engine.drain()
         await self._health.refresh()
-        await self._inference.idle.wait()
+        for service in self._services:
+            if service.calls is not None:
+                await service.calls.idle.wait()
 
     async def stop(self) -> None:
         """Ends every call and frees the port; what still runs is cancelled."""
@@ -98,7 +108,7 @@ class GrpcServer:
         for request_id in list(self._inference.running):
             self._front.engine.abort(request_id)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._inference.idle.wait(), LAST_STATUSES_S)
+            await asyncio.wait_for(self._inference.calls.idle.wait(), LAST_STATUSES_S)
         self._following.cancel()
         await self._server.stop(LAST_STATUSES_S)
         self._server = None

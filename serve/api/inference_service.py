@@ -11,6 +11,7 @@ import grpc
 
 from cache.contexts.context import Context as Kept
 from serve.api import messages
+from serve.api.calls import Calls
 from serve.api.statuses import Context, abort, statuses
 from serve.front import Chat, Front
 from serve.pb import inference_pb2 as pb
@@ -24,15 +25,13 @@ LONG_TEXT = 2_000
 class InferenceService(pb_grpc.InferenceServicer):
     def __init__(self, front: Front):
         self._front = front
-        self._num_running = 0
         self.running: list[str] = []
         """Ids the engine was given; twice while one is refused as a duplicate."""
-        self.idle = asyncio.Event()
-        """Set while no Generate runs."""
-        self.idle.set()
+        self.calls = Calls()
+        """Of Generate."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        with self._counted():
+        with self.calls.counted():
             async with statuses(context):
                 prepared = await self._prepare(request)
                 with self._known(prepared.request_id):
@@ -96,14 +95,3 @@ class InferenceService(pb_grpc.InferenceServicer):
             yield
         finally:
             self.running.remove(request_id)
-
-    @contextmanager
-    def _counted(self) -> Generator[None]:
-        self._num_running += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self._num_running -= 1
-            if self._num_running == 0:
-                self.idle.set()

@@ -16,6 +16,7 @@ from cache.keys import Key, PageNames, root_key
 from cache.tiers.record import RecordFormat
 from cache.transfers.chunks import CHUNK_BYTES, chunks_of
 from cache.transfers.sending import Sending
+from serve.api.calls import Calls
 from serve.api.grpc_server import Service
 from serve.api.statuses import Context, abort, statuses
 from serve.engine import Sink
@@ -46,24 +47,30 @@ class TransferService(pb_grpc.TransferServicer):
     def __init__(self, engine: Engine, form: RecordFormat, host: str = "") -> None:
         """`host` is where pages are offered that stay on devices; empty: they go over gRPC."""
         self._engine, self._form, self._host = engine, form, host
+        self.calls = Calls()
 
     @classmethod
     def of(cls, engine: Engine, form: RecordFormat, host: str = "") -> Service:
+        service = cls(engine, form, host)
         add = pb_grpc.add_TransferServicer_to_server
-        return Service("Transfer", add, cls(engine, form, host))
+        return Service("Transfer", add, service, service.calls)
 
     async def Prefill(  # noqa: N802
         self, messages: AsyncIterator[pb.PrefillMessage], context: Context
     ) -> None:
-        async with statuses(context):
-            opening = await anext(aiter(messages), pb.PrefillMessage())
-            if not opening.HasField("request"):
-                raise InvalidRequest("the first message has no request; send the prompt first")
-            asked = self._checked(opening.request)
-            # Whoever asks for offers takes records, too.
-            offers = Offers(self._host) if asked.offers and self._host else None
-            departure = _Departure(self._engine, self._form, asked, offers)
-            await departure.run(messages, context)
+        with self.calls.counted():
+            async with statuses(context):
+                await self._prefill(messages, context)
+
+    async def _prefill(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
+        opening = await anext(aiter(messages), pb.PrefillMessage())
+        if not opening.HasField("request"):
+            raise InvalidRequest("the first message has no request; send the prompt first")
+        asked = self._checked(opening.request)
+        # Whoever asks for offers takes records, too.
+        offers = Offers(self._host) if asked.offers and self._host else None
+        departure = _Departure(self._engine, self._form, asked, offers)
+        await departure.run(messages, context)
 
     def _checked(self, asked: pb.PrefillRequest) -> pb.PrefillRequest:
         if asked.fingerprint != self._form.fingerprint:
@@ -81,6 +88,12 @@ class TransferService(pb_grpc.TransferServicer):
         if not 0 < asked.lease_s <= LONGEST_LEASE_S or math.isnan(asked.lease_s):
             raise InvalidRequest(
                 f"lease_s is {asked.lease_s}; it must be above 0 and at most {LONGEST_LEASE_S:.0f}"
+            )
+        context = self._engine.info.max_context
+        if len(asked.token_ids) > context:
+            raise InvalidRequest(
+                f"the prompt has {len(asked.token_ids)} tokens; a context of {context} has no room "
+                "for it"
             )
         num_pages = (len(asked.token_ids) - 1) // self._engine.info.page_size
         if asked.first_page >= num_pages:
@@ -128,6 +141,20 @@ class _Departure:
         )
 
     async def run(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
+        # Else a call whose first message is held up could not be ended.
+        await context.send_initial_metadata(())
+        try:
+            await self._send_all(messages, context)
+        except TimeoutError:
+            # All is let go by now; that it ended may be told when the receiver reads again.
+            await abort(
+                context,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"nothing was taken for {self._lease_s} s, as long as the lease; ask again",
+            )
+
+    async def _send_all(self, messages: AsyncIterator[pb.PrefillMessage], context: Context) -> None:
+        """Raises TimeoutError when the receiver is behind for a lease."""
         following = asyncio.create_task(self._follow(messages))
         try:
             names = await to_its_end(self._submit)
@@ -142,12 +169,6 @@ class _Departure:
                 if not self._ready:
                     await self._write(message, context)
             await self._write(message, context)
-        except TimeoutError:
-            await abort(
-                context,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"nothing was taken for {self._lease_s} s, as long as the lease; ask again",
-            )
         finally:
             following.cancel()
             self._sending.end()

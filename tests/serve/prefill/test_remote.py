@@ -75,6 +75,11 @@ class FaultyContext:
         """Each chunk alone."""
         for chunk in message.chunks:
             number, self._num = self._num, self._num + 1
+            if self._faults.name == "pause":
+                self._faults.held.set()
+                await asyncio.sleep(0.05)
+                await self._context.write(pb.PageChunks(chunks=[chunk]))
+                continue
             for one in self._changed(number, chunk):
                 await self._context.write(pb.PageChunks(chunks=[one]))
 
@@ -270,6 +275,19 @@ def test_a_sender_that_never_ends_holds_nobody_up(computing, decoding, expected)
         wait_until(lambda: sides.outcomes() == {Outcome.COMPLETE: num_prompts})
 
 
+def test_a_server_that_drains_finishes_what_it_sends(computing, decoding, expected):
+    with far_sides(computing, decoding) as sides:
+        sides.service.faults = Faults("pause", 3, left=1)
+        answer = Answer()
+        sides.decode.submit(REQUEST, answer)
+        wait_until(lambda: not sides.service.calls.idle.is_set())
+        assert sides.service.faults.held.wait(TIMEOUT_S)
+        assert not sides.service.calls.idle.is_set()
+        assert sides.decode.wait_idle(TIMEOUT_S)
+        assert num_sent(answer) == 96
+        wait_until(sides.service.calls.idle.is_set)
+
+
 def test_an_id_may_be_as_long_as_an_id_may_be(computing, decoding, expected):
     with far_sides(computing, decoding) as sides:
         [answer] = sides.answers([greedy("x" * 256, PROMPT, 8)])
@@ -422,6 +440,24 @@ def test_a_receiver_that_takes_nothing_is_let_go_after_its_lease(computing, deco
         stay.set()
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "0.2 s" in str(refused.value.details())
+
+
+def test_a_receiver_that_reads_nothing_is_let_go_after_its_lease(computing, decoding, monkeypatch):
+    """gRPC takes no more for it than fits a window, and waits."""
+    with far_sides(computing, decoding) as sides:
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+        with grpc.insecure_channel(sides.addresses[0], options=options) as channel:
+            stay = threading.Event()
+
+            def messages():
+                yield opening(sides, lease_s=0.3)
+                stay.wait(TIMEOUT_S)
+
+            call = pb_grpc.TransferStub(channel).Prefill(messages())
+            wait_until(lambda: sides.prefill.load().num_finished > 0)
+            wait_until(lambda: sides.prefill.load().pages_used == 0)
+            stay.set()
+            call.cancel()
 
 
 def test_a_receiver_that_vanishes_is_let_go(computing, decoding, monkeypatch):
