@@ -48,6 +48,10 @@ class PrefillElsewhere(Protocol):
 
     def close(self) -> None: ...
 
+    def flush(self) -> None:
+        """Lets them forget what they have cached, as far as they belong to this one."""
+        ...
+
     def counts(self) -> TransferCounts: ...
 
 
@@ -229,6 +233,8 @@ class Engine:
             num_pages = prefixes.flush(self._scheduler.running)
             self._is_stale = True
             self._changed.notify_all()
+        if self._prefill is not None:
+            self._prefill.flush()
         if prefixes.tiers is not None:
             prefixes.tiers.await_cleared(FLUSH_S)
         return num_pages

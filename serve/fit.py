@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import psutil
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from cache.transfers.sending import WINDOW
 from model.config import Layer, ModelConfig
 from model.kernel_choice import XLA, Kernels, kernels_for
 from model.partition import Partition, abstract_weights, weight_specs
@@ -26,6 +25,7 @@ from serve.pace import token_cost
 from serve.page_images import PageImages
 from serve.prefixes import MOST_LANDED
 from serve.programs import CacheShape, Programs, step_shapes
+from serve.sends import MOST_SENT
 from serve.tier_traffic import MOST_UNDER_WAY
 from sharding.mesh import STAGE, TENSOR
 
@@ -256,11 +256,10 @@ def _state_bytes(served: Served) -> int:
 
 def _moving_bytes(served: Served) -> int:
     """Of as many pages as move beside a step, as `serve.page_images` cuts them."""
-    if served.config.tiers.host_gib:
-        num_pages = MOST_UNDER_WAY + MOST_LANDED
-    elif served.config.split.role != "all":
-        num_pages = WINDOW + MOST_LANDED
-    else:
+    has_tiers, role = bool(served.config.tiers.host_gib), served.config.split.role
+    num_pages = MOST_UNDER_WAY * has_tiers + MOST_SENT * (role == "prefill")
+    num_pages += MOST_LANDED * (has_tiers or role == "decode")
+    if not num_pages:
         return 0
     partition = served.partition
     images = PageImages(served.programs(1, _mesh_of(partition), XLA))

@@ -18,7 +18,7 @@ from cache.tiers.fetch import Fetch
 from serve.plan import Incoming, Sequence
 
 MOST_LANDED = 32
-"""Pages of a sequence that a step writes: others' rows wait for it."""
+"""Pages that arrived which a step writes: its rows wait for it."""
 LEAST_SHARE = 4
 """A page's beginning is copied if it is a quarter of a page, or all that the other page has: most
 prompts share a first token or so."""
@@ -197,15 +197,15 @@ class Prefixes:
         self._count(sequence, sequence.num_computed)
         return copies
 
-    def land(self, sequence: Sequence) -> list[tuple[int, Any]]:
-        """Takes what has arrived of its pages: those to write, and the images."""
+    def land(self, sequence: Sequence, most: int) -> list[tuple[int, Any]]:
+        """Takes up to `most` of its pages that have arrived: those to write, and the images."""
         fetch, row, names = sequence.fetch, sequence.slot, sequence.names
         assert fetch is not None, "it waits for pages"
         assert row is not None, "which have a place"
         assert names is not None, "and a name"
         is_done = fetch.done()
         landings: list[tuple[int, Any]] = []
-        taken = fetch.take(MOST_LANDED)
+        taken = fetch.take(most)
         for key, image in taken:
             number = sequence.num_named
             assert key == names.keys[number], "pages come in order"
@@ -216,7 +216,7 @@ class Prefixes:
             if self._tables.pages(row)[number] == page:
                 landings.append((page, image))
             self._count_landed(sequence, fetch.tier_of(key))
-        if is_done and len(taken) < MOST_LANDED:
+        if is_done and len(taken) < most:
             sequence.fetch = self._from_prefiller(sequence)
         return landings
 

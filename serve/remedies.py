@@ -83,7 +83,8 @@ def refusal(found: Fit, remedies: Iterable[Remedy]) -> str:
     return (
         f"it needs {found.needed_bytes:,} bytes of each device ({found.weight_bytes:,} of weights, "
         f"{found.state_bytes:,} of state, {found.step_bytes:,} of activations, "
-        f"{found.pool_bytes:,} of pages) and may plan with {found.budget_bytes:,} of "
+        f"{found.moving_bytes:,} of pages on their way, {found.pool_bytes:,} of pages) and may "
+        f"plan with {found.budget_bytes:,} of "
         f"{found.memory_bytes:,}, {found.short_bytes:,} too few; "
         + (f"it fits with {fitting}" if fitting else "use more devices, or larger ones")
     )

@@ -77,6 +77,7 @@ class Runner:
         self._compiled: dict[StepShape, Any] = {}
         self._kept = kept
         self._mover, self._traffic = mover, traffic
+        self._wake: Callable[[], None] = lambda: None
         self._tracing = threading.Lock()
         self._is_warm = False
         self._tables = tables
@@ -130,9 +131,17 @@ class Runner:
         """Starts to read the pages for the engines that wait for them, each one's together."""
         for sending, some in groupby(sends, lambda send: send.sending):
             numbers, pages = zip(*((send.number, send.page) for send in some), strict=True)
-            then = partial(_deliver, sending, numbers)
+            then = partial(self._deliver, sending, numbers)
             destination = mover.images if sending.stays_on_devices else mover.destination
             mover.read(self._state, pages, then, destination)
+
+    def _deliver(self, sending: Sending, numbers: ListLike[int], images: ListLike[Any]) -> None:
+        if len(images) < len(numbers):
+            sending.lose()
+        else:
+            sending.deliver(numbers[0], images)
+        sending.num_delivered += len(numbers)
+        self._wake()
 
     def compile_all(
         self, progress: Callable[[str, int, int], None] = lambda name, done, kept: None
@@ -182,16 +191,13 @@ class Runner:
         traffic.observe_prefill(shape.num_tokens, seconds)
 
     def start(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when pages have arrived from the tiers, from another thread."""
+        """`wake` is called when pages have arrived from the tiers or left, from another thread."""
+        self._wake = wake
         if self._traffic is not None:
             self._traffic.start(wake)
 
     def tiers(self) -> list[TierReport]:
         return self._traffic.reports() if self._traffic is not None else []
-
-    def clear_tiers(self) -> None:
-        if self._traffic is not None:
-            self._traffic.clear()
 
     def close(self, grace_s: float) -> None:
         """Lets the tiers keep what is on its way to them, for up to `grace_s`."""
@@ -365,13 +371,6 @@ class Pending:
     def _prompt_logprobs(self) -> Logprobs:
         """[M, R, T] of the prefill rows."""
         return jax.tree.map(np.asarray, self.output.prompt_logprobs)
-
-
-def _deliver(sending: Sending, numbers: ListLike[int], images: ListLike[Any]) -> None:
-    if len(images) < len(numbers):
-        sending.lose()
-    else:
-        sending.deliver(numbers[0], images)
 
 
 def _by_row(array: jax.Array) -> np.ndarray:

@@ -7,7 +7,7 @@ the same code runs in the server, the tests and the simulator.
 import math
 from collections.abc import Sequence as ListLike
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cache.keys import PageNames, root_key
 from cache.tables import PageTables
@@ -16,7 +16,7 @@ from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
 from serve.limits import Limits
 from serve.pace import Pace
 from serve.plan import Row, Sequence, StepPlan
-from serve.prefixes import Prefiller, Prefixes, Tiers
+from serve.prefixes import MOST_LANDED, Prefiller, Prefixes, Tiers
 from serve.request import (
     MAX_STOP_IDS,
     FinishReason,
@@ -165,7 +165,10 @@ class Scheduler:
         """The next step: every decodable row, then prefill as far as budget and pace allow."""
         saves, sends = self.prefixes.begin_plan(), self.sends.begin_plan(self.running)
         # Before it is known how long the step is: whose last page lands may have a row in it.
-        landings = [one for sequence in self._fetching for one in self.prefixes.land(sequence)]
+        landings: list[tuple[int, Any]] = []
+        for sequence in self._fetching:
+            if len(landings) < MOST_LANDED:
+                landings += self.prefixes.land(sequence, MOST_LANDED - len(landings))
         decode, num_tokens = self._plan_decode()
         plan = StepPlan(
             decode,

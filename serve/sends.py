@@ -11,6 +11,9 @@ from cache.tables import PageTables
 from cache.transfers.sending import Sending
 from serve.plan import Send, Sequence
 
+MOST_SENT = 64
+"""Pages that lie on the devices once more, until they are delivered: of all receivers together."""
+
 
 class Sends:
     """The sendings of one scheduler's sequences, of which some have left before all was read."""
@@ -22,6 +25,8 @@ class Sends:
         is read."""
         self._read: list[ListLike[int]] = []
         """Those of which the step being planned reads the last: owned until it is planned."""
+        self._under_way: set[Sending] = set()
+        """With pages that are yet to be delivered."""
 
     @property
     def has_work(self) -> bool:
@@ -38,14 +43,16 @@ class Sends:
     def begin_plan(self, running: Iterable[Sequence]) -> list[Send]:
         """The pages to read before the step writes anything, as far as receivers keep up."""
         sends: list[Send] = []
+        self._under_way = {sending for sending in self._under_way if sending.num_on_devices}
+        room = MOST_SENT - sum(sending.num_on_devices for sending in self._under_way)
         for sending, pages in list(self._left.items()):
-            sends += _read(sending, pages)
+            sends += self._readings(sending, pages, room - len(sends))
             if sending.is_over or sending.next >= len(pages):
                 self._read.append(self._left.pop(sending))
         for sequence in running:
             if sequence.sending is not None and sequence.slot is not None:
                 pages = self._tables.pages(sequence.slot)[: sequence.num_named]
-                sends += _read(sequence.sending, pages)
+                sends += self._readings(sequence.sending, pages, room - len(sends))
         return sends
 
     def end_plan(self) -> None:
@@ -66,8 +73,9 @@ class Sends:
             self._tables.pool.release(before)
             self._left[sending] = pages
 
-
-def _read(sending: Sending, pages: ListLike[int]) -> list[Send]:
-    numbers = sending.readable(len(pages))
-    sending.read(numbers)
-    return [Send(sending, number, pages[number]) for number in numbers]
+    def _readings(self, sending: Sending, pages: ListLike[int], most: int) -> list[Send]:
+        numbers = sending.readable(len(pages))[: max(0, most)]
+        if numbers:
+            sending.read(numbers)
+            self._under_way.add(sending)
+        return [Send(sending, number, pages[number]) for number in numbers]

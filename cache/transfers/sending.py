@@ -35,6 +35,8 @@ class Sending:
         self.deliver, self.stays_on_devices = deliver, stays_on_devices
         self.next = first
         """The page to be read next."""
+        self.num_delivered = 0
+        """Pages that were read and have left the devices, or were lost on the way."""
         self.num_taken = 0
         """Pages that the receiver has."""
         self._window, self._on_lost = window, on_lost
@@ -61,6 +63,11 @@ class Sending:
         """Those of `readable` that are being read: the first ones."""
         assert pages.start == self.next, "pages are read in order"
         self.next = pages.stop
+
+    @property
+    def num_on_devices(self) -> int:
+        """Pages of which the devices have a copy, to be delivered."""
+        return self.next - self.first - self.num_delivered
 
     def taken(self, num_pages: int) -> None:
         """The receiver has as many, in all."""

@@ -189,6 +189,7 @@ class Report:
         rows = (
             ("weights", found.weight_bytes, self._weights),
             ("state", found.state_bytes, f"slots, {served.limits.max_batch} and one for padding"),
+            ("moving", found.moving_bytes, "pages on their way to and from tiers and engines"),
             ("activations", found.step_bytes, self._activations),
             (
                 "pages",

@@ -41,6 +41,9 @@ class LocalPrefill:
         self.engine.stop()
         self._errands.shutdown()
 
+    def flush(self) -> None:
+        self.engine.flush_cache()
+
     def counts(self) -> TransferCounts:
         return self._tally.counts()
 

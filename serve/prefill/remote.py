@@ -101,6 +101,9 @@ class RemotePrefill:
             peer.channel.close()
         self._threads.shutdown()
 
+    def flush(self) -> None:
+        """They are endpoints of their own, asked by others, too: Control.FlushCache is theirs."""
+
     def counts(self) -> TransferCounts:
         return self._tally.counts()
 

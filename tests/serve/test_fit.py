@@ -11,7 +11,7 @@ from model import partition as partitions
 from model.config import ModelConfig
 from model.weights import quantized, scale_shape
 from serve.config import ConfigError, make_config
-from serve.fit import Served, device_memory_bytes, fit, largest_shapes
+from serve.fit import Served, device_memory_bytes, fit, largest_shapes, num_devices_of
 from serve.programs import activation_bytes, step_shapes
 from sharding.mesh import MeshShape, make_meshes
 from tests.serve.harness import DENSE, LATENT, MOE
@@ -151,10 +151,11 @@ def test_the_compilers_figure_counts_against_all_the_memory():
 
 
 def test_devices_of_a_cpu_share_its_memory():
-    mesh = make_config({"model": {"path": "x"}, "mesh": {"data": 2, "tensor": 2}}, "test").mesh
-    alone = make_config({"model": {"path": "x"}}, "test").mesh
+    sections = {"mesh": {"data": 2, "tensor": 2}, "split": {"role": "decode", "prefill_tensor": 1}}
+    config = make_config({"model": {"path": "x"}} | sections, "test")
+    assert num_devices_of(config) == 2 * (2 + 1)
     device = jax.devices()[0]
-    assert device_memory_bytes(device, mesh) == device_memory_bytes(device, alone) // 4
+    assert device_memory_bytes(device, 6) == device_memory_bytes(device, 1) // 6
 
 
 def test_devices_that_know_their_memory_are_believed():
@@ -162,7 +163,7 @@ def test_devices_that_know_their_memory_are_believed():
         def memory_stats(self):
             return {"bytes_limit": 12345}
 
-    assert device_memory_bytes(Gpu(), serve().config.mesh) == 12345
+    assert device_memory_bytes(Gpu(), 1) == 12345
 
 
 def test_a_context_beyond_the_models_is_refused():

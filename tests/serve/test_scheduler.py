@@ -22,7 +22,7 @@ from cache.transfers.sending import Sending
 from serve.errors import DuplicateRequest, InvalidRequest, Overloaded
 from serve.limits import Limits
 from serve.pace import TokenCost
-from serve.plan import Row, StepPlan
+from serve.plan import Row, Send, StepPlan
 from serve.plan import Sequence as Running
 from serve.request import (
     FinishReason,
@@ -33,6 +33,7 @@ from serve.request import (
     TokenLogprobs,
 )
 from serve.scheduler import RowResult, Scheduler
+from serve.sends import MOST_SENT
 
 VOCAB = 11
 COMMON = (4, 0, 4, 9, 9, 1, 4, 0, 4, 2, 10, 8)
@@ -126,6 +127,7 @@ class FakeDevice:
             self.tiers.keep(key, self._image(page))
         for sending, number, page in plan.sends:
             sending.deliver(number, [self._image(page)])
+            sending.num_delivered += 1
         for page, image in plan.landings:
             self._set_image(page, image)
         for source, target in plan.copies:
@@ -1054,3 +1056,19 @@ def test_times_are_counted_from_arrival():
     assert [one.scheduled_s for one in times] == [0, 4]
     assert [one.first_token_s for one in times] == [1, 5]
     assert [one.finished_s for one in times] == [3, 6]
+
+
+def test_pages_for_receivers_lie_on_the_device_twice_no_more_than_it_has_room_for():
+    limits = replace(LIMITS, max_context=128, token_budget=130, chunk=64)
+    some = Server(limits, num_pages=300, page_size=1)
+    some.device.run = lambda plan: FakeDevice.run(some.device, replace(plan, sends=[]))
+    waiting: list[Send] = []
+    for name in ("a", "bb"):
+        asked = request(name, 60, max_tokens=2)
+        some.add(asked, FakeReceiver(asked, 1, 0, 1_000, 10_000))
+    for _ in range(4):
+        waiting += some.step().sends
+    assert len(waiting) == MOST_SENT
+    for send in waiting:
+        send.sending.num_delivered += 1
+    assert len(some.step().sends) == 2 * 60 - MOST_SENT

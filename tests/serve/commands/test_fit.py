@@ -71,10 +71,11 @@ def test_a_table_adds_up_to_the_memory_of_a_device(doctor: Doctor):
     title, *rows, verdict = out.splitlines()
     assert title.endswith("on one device, each cpu")
     found = {row.split()[0]: int(row.split()[1].replace(",", "")) for row in rows}
-    assert list(found) == ["weights", "state", "activations", "pages", "free", "memory"]
+    parts = ["weights", "state", "moving", "activations", "pages", "free", "memory"]
+    assert list(found) == parts
     assert sum(found.values()) == 2 * found["memory"]
     assert "float32, by config.json: they are not there" in rows[0]
-    assert "as compiled; a start leaves" in rows[2]
+    assert "as compiled; a start leaves" in rows[3]
     assert verdict == "fits, with keys and values of 64 tokens"
 
 
