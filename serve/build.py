@@ -258,7 +258,8 @@ class _Builder:
         tables = PageTables(pool, limits.max_batch + 1, pool.pages_for(limits.max_context))
         form = RecordFormat(page_fingerprint(self.weights_identity, programs), images.image_bytes)
         moves_pages = config.tiers.host_gib or split.role != "all"
-        mover = PageMover(images, destination) if moves_pages else None
+        stays_on_devices = beside is not None or (split.role != "all" and split.carrier == "jax")
+        mover = PageMover(images, destination, stays_on_devices) if moves_pages else None
         traffic = self._traffic(programs, mover, form, replica) if mover else None
         prefills_only = split.role == "prefill"
         runner = Runner(programs, weights, tables.array, self.kept, mover, traffic, prefills_only)

@@ -213,6 +213,12 @@ class SplitSection(Section):
             raise ValueError(
                 "given either peers or prefill_tensor where role is decode: who prefills"
             )
+        if not is_here and (self.prefill_stage > 1 or self.prefill_pages is not None):
+            raise ValueError("given prefill_tensor, too, where prefill_stage or prefill_pages is")
+        if self.carrier == "jax" and self.role != "prefill" and not self.peers:
+            raise ValueError(
+                "between processes, of role prefill or with peers, where carrier is jax"
+            )
         if self.role != "decode" and (self.peers or is_here):
             raise ValueError(
                 f"of role decode, not {self.role}, where peers or prefill_tensor are set"

@@ -229,12 +229,13 @@ class Engine:
         """Forgets all cached prefixes, the tiers' too; returns how many pages of the devices were
         kept for them alone."""
         prefixes = self._scheduler.prefixes
+        # First who prefills for this one: else what they had might still come.
+        if self._prefill is not None:
+            self._prefill.flush()
         with self._preparing, self._changed:
             num_pages = prefixes.flush(self._scheduler.running)
             self._is_stale = True
             self._changed.notify_all()
-        if self._prefill is not None:
-            self._prefill.flush()
         if prefixes.tiers is not None:
             prefixes.tiers.await_cleared(FLUSH_S)
         return num_pages

@@ -146,6 +146,11 @@ class PageImages:
         """Whole arrays as they lie on the mesh."""
         return jax.device_put(list(arrays), self.whole)
 
+    def compile_checksums(self, num_places: int) -> None:
+        shapes = self.on_one_device(num_places)
+        zeros = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
+        self.checksums(jax.device_put(zeros, [shape.sharding for shape in shapes]))
+
     @staticmethod
     def checksums(arrays: Sequence[jax.Array]) -> list[int]:
         """32 bits of each page in whole arrays, whose loss or exchange of numbers they tell."""

@@ -28,10 +28,13 @@ class PageMover:
         self,
         images: PageImages,
         destination: PageImages | None = None,
+        stays_on_devices: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`destination` is where pages will go that stay on devices."""
+        """`destination` is where pages will go that stay on devices of this process;
+        `stays_on_devices` where they come so, or go to another process."""
         self.images, self.destination = images, destination
+        self._stays_on_devices = stays_on_devices
         self._clock = clock
         self._landing_s: deque[float] = deque([0.0], maxlen=LAST)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="weft-pages")
@@ -69,6 +72,10 @@ class PageMover:
             pages = [NULL_PAGE] * batch
             if self.destination is not None:
                 self.images.read(state, pages, self.destination).wait()
+            if self._stays_on_devices:
+                here = self.images.read(state, pages, self.images).wait()
+                self.images.compile_checksums(batch)
+                state = self.images.write(state, pages, here)
             state = self.images.write(state, pages, self.images.read(state, pages).wait())
         return state
 

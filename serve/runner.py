@@ -136,12 +136,14 @@ class Runner:
             mover.read(self._state, pages, then, destination)
 
     def _deliver(self, sending: Sending, numbers: ListLike[int], images: ListLike[Any]) -> None:
-        if len(images) < len(numbers):
-            sending.lose()
-        else:
-            sending.deliver(numbers[0], images)
-        sending.num_delivered += len(numbers)
-        self._wake()
+        try:
+            if len(images) < len(numbers):
+                sending.lose()
+            else:
+                sending.deliver(numbers[0], images)
+        finally:
+            sending.num_delivered += len(numbers)
+            self._wake()
 
     def compile_all(
         self, progress: Callable[[str, int, int], None] = lambda name, done, kept: None

@@ -361,9 +361,12 @@ class Scheduler:
         self._committed_s = now_s
         # A loop ends with the last of its rows.
         num_tokens = max((len(output.token_ids) for output in outputs), default=0)
-        if num_tokens or not plan.decode:
+        # A few tokens of a prompt alone take a step, too, and say nothing of prompts.
+        is_prompt = sum(row.length for row in plan.chunks) >= self.limits.chunk
+        if num_tokens if plan.decode else is_prompt:
             self._pace.observe(len(plan.decode), num_tokens, plan.prompt_cost, seconds)
-        self.prefixes.observe(plan.prompt_cost, seconds)
+        if plan.decode or is_prompt:
+            self.prefixes.observe(plan.prompt_cost, seconds)
         return outputs
 
     def _commit_row(self, row: Row, result: RowResult, now_s: float) -> Output | None:

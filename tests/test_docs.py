@@ -1,4 +1,4 @@
-"""The programs that docs/context-caching.md shows of contexts and hints run as they stand."""
+"""The programs that docs/context-caching.md shows of its calls run as they stand."""
 
 import re
 import signal
@@ -12,7 +12,7 @@ import pytest
 from tests.test_readme import ROOT, SHOWN_ADDRESS, Block, blocks, run
 
 SHOWN_IN = ROOT / "docs" / "context-caching.md"
-HEADINGS = ("## Contexts", "## Retention")
+HEADINGS = ("## Contexts", "## Retention", "## Events")
 
 
 def shown(text: str) -> list[Block]:

@@ -17,6 +17,8 @@ from serve.pb import inference_pb2_grpc as pb_grpc
 
 MOST_EVENTS = 512
 """In one message: making it takes about a millisecond, which the streams' loop can spare."""
+MOST_FOLLOWERS = 64
+"""Each is woken whenever pages come and go: a thousand would slow down requests."""
 GATHER_S = 0.01
 """From an event to the message that has it: a step's events travel together."""
 
@@ -26,6 +28,7 @@ class ControlService(pb_grpc.ControlServicer):
         """`on_drain` is called when the endpoint begins to refuse requests."""
         self._front = front
         self._on_drain = on_drain
+        self._num_followers = 0
 
     async def GetModelInfo(  # noqa: N802
         self, request: pb.GetModelInfoRequest, context: Context
@@ -56,12 +59,21 @@ class ControlService(pb_grpc.ControlServicer):
     ) -> None:
         log = self._front.engine.cache_events
         async with statuses(context):
-            # Its first call waits for locks that an engine holds while it plans a step.
-            subscription = await asyncio.to_thread(
-                log.subscribe, request.epoch, request.sequence_number
-            )
-            with closing(subscription):
-                await _send_events(log, subscription, context)
+            if self._num_followers >= MOST_FOLLOWERS:
+                raise Overloaded(
+                    f"{MOST_FOLLOWERS} streams of cache events are open, as many as there may be; "
+                    "close one, or share one"
+                )
+            self._num_followers += 1
+            try:
+                # Its first call waits for locks that an engine holds while it plans a step.
+                subscription = await asyncio.to_thread(
+                    log.subscribe, request.epoch, request.sequence_number
+                )
+                with closing(subscription):
+                    await _send_events(log, subscription, context)
+            finally:
+                self._num_followers -= 1
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
         self._front.engine.drain()

@@ -89,14 +89,17 @@ class Pulls:
     def _pull(self, offer: pb.PageOffer) -> list[jax.Array]:
         if offer.num_places not in BATCHES:
             raise BrokenTransfer(Miss.CORRUPT, f"{offer.num_places} pages are none of {BATCHES}")
-        connection = _server(LOCAL).connect(f"{self._host}:{offer.port}")
-        arrays = connection.pull(offer.id, self._images.on_one_device(offer.num_places))
         # To block would be for ever, and a thread that does keeps the process from ending well.
         deadline_s = time.monotonic() + self._most_s
-        while not all(array.is_ready() for array in arrays):
-            if time.monotonic() > deadline_s:
-                raise BrokenTransfer(Miss.FAILED, f"no pages within {self._most_s} s")
-            time.sleep(POLL_S)
+        try:
+            connection = _server(LOCAL).connect(f"{self._host}:{offer.port}")
+            arrays = connection.pull(offer.id, self._images.on_one_device(offer.num_places))
+            while not all(array.is_ready() for array in arrays):
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"no pages within {self._most_s} s")
+                time.sleep(POLL_S)
+        except Exception as error:
+            raise BrokenTransfer(Miss.FAILED, f"pages could not be pulled: {error}") from error
         return arrays
 
 

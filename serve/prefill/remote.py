@@ -40,7 +40,6 @@ MOST_TRANSFERS = 64
 """At once, each with a thread of its own."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
     # A machine that is gone closes no connection.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -64,6 +63,12 @@ class _Peer:
         # asks ("Internal error from Core", grpcio 1.85.1).
         self.channel = grpc.insecure_channel(address, options=_OPTIONS)
         self.prefill: Any = pb_grpc.TransferStub(self.channel).Prefill
+
+    def offer_no_more(self) -> None:
+        """What it offers could not be had once."""
+        if self.may_offer:
+            self.may_offer = False
+            log.warning("pages from %s come over gRPC from now on", self.address)
 
 
 class RemotePrefill:
@@ -233,6 +238,7 @@ class _Transfer:
             peer.breaker.failed(error, self._home.now_s())
         except grpc.RpcError as error:
             if self.arrivals.is_late:
+                peer.offer_no_more()
                 peer.breaker.failed(TimeoutError("nothing came"), self._home.now_s())
             elif not self._is_cancelled:
                 _count_failure(peer, error, self._home.now_s())
@@ -258,10 +264,9 @@ class _Transfer:
                 if self.arrivals.is_complete:
                     break
             assembler.finish()
-        except Exception:
-            if pulls is not None and not self._is_cancelled:
-                peer.may_offer = False
-                log.warning("pages from %s come over gRPC from now on", peer.address)
+        except BrokenTransfer:
+            if pulls is not None:
+                peer.offer_no_more()
             raise
         finally:
             told.put(None)

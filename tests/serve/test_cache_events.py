@@ -227,6 +227,25 @@ def test_server_that_stops_is_unavailable_to_those_who_follow(engine: FakeEngine
         next(messages)
 
 
+def test_one_stream_more_than_there_may_be_is_refused(engine: FakeEngine, monkeypatch):
+    monkeypatch.setattr("serve.api.control_service.MOST_FOLLOWERS", 1)
+    with client_of(engine) as client:
+        first = client.cache_events()
+        next(first)
+        with pytest.raises(Overloaded, match="close one, or share one"):
+            next(client.cache_events())
+        first.close()
+
+        def is_room() -> bool:
+            try:
+                next(client.cache_events())
+            except Overloaded:
+                return False
+            return True
+
+        until(is_room)
+
+
 def test_number_that_has_no_place_on_the_wire_is_refused(engine: FakeEngine):
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match="-1"):
         client.cache_events("now", -1)

@@ -140,6 +140,11 @@ def test_an_unknown_key_on_the_command_line_names_the_option(tmp_path: Path) -> 
         ),
         ('[split]\npeers = ["a:1"]', "of role decode, not all"),
         ('[split]\nrole = "prefill"\nprefill_tensor = 1', "of role decode, not prefill"),
+        (
+            '[split]\nrole = "decode"\npeers = ["a:1"]\nprefill_pages = 5',
+            "given prefill_tensor, too, where prefill_stage or prefill_pages is",
+        ),
+        ('[split]\ncarrier = "jax"', "between processes, of role prefill or with peers"),
         ('[split]\nrole = "decode"\npeers = ["a"]', 'must be addresses "host:port"'),
         ('[split]\nrole = "decode"\npeers = ["a:0"]', 'must be addresses "host:port"'),
         ('[split]\nrole = "decode"\npeers = ["a:1", "a:1"]', "must be addresses that differ"),

@@ -1,5 +1,6 @@
 """Prefill and decode apart, from configurations: in one process and in two servers."""
 
+import jax
 import pytest
 
 from serve.api.transfer_service import TransferService
@@ -77,11 +78,27 @@ def test_one_process_prefills_on_devices_of_its_own(checkpoint, expected, data):
     assert engine.load().pages_used == 0
 
 
-def test_everything_is_compiled_before_it_is_served(checkpoint):
-    split = {"role": "decode", "prefill_tensor": 1, "least_tokens": 16}
+@pytest.fixture
+def compiled():
+    """What XLA has compiled since."""
+    names: list[str] = []
+
+    def note(name: str, seconds: float, **more: object) -> None:
+        if "backend_compile" in name:
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_everything_is_compiled_before_it_is_served(checkpoint, compiled):
+    split = {"role": "decode", "prefill_tensor": 2, "least_tokens": 16}
     engine = build_engine(configured(checkpoint, split))
-    answers(engine)
-    assert engine.load().compiles_after_warmup == 0
+    assert compiled
+    compiled.clear()
+    assert num_sent(answers(engine)) == [48, 32]
+    assert not compiled
 
 
 def test_two_servers_are_one_endpoint(checkpoint, expected):

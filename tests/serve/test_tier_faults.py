@@ -499,5 +499,8 @@ def test_pages_on_their_way_are_counted_as_they_lie_on_a_device(stage, tensor):
         return found.moving_bytes
 
     assert moving_bytes(tiers={"host_gib": 1.0}) == 288 * page_bytes
-    assert moving_bytes(split={"role": "prefill"}) == 96 * page_bytes
+    assert moving_bytes(split={"role": "prefill"}) == 64 * page_bytes
+    decode = {"role": "decode", "peers": ["localhost:1"]}
+    assert moving_bytes(split=decode) == 32 * page_bytes
+    assert moving_bytes(split=decode, tiers={"host_gib": 1.0}) == 288 * page_bytes
     assert moving_bytes() == 0

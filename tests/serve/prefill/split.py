@@ -43,8 +43,8 @@ class Sides:
         return answers
 
     def flush(self) -> None:
+        """Also reaches who prefills, in one process."""
         self.decode.flush_cache()
-        self.prefill.flush_cache()
 
     def assert_all_let_go(self) -> None:
         """No page has an owner on either side, soon."""

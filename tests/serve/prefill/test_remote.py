@@ -147,6 +147,10 @@ class Far(Sides):
     service: FaultyService
     form: RecordFormat
 
+    def flush(self) -> None:
+        super().flush()
+        self.prefill.flush_cache()
+
     def outcomes(self):
         return self.decode.transfers()[0].outcomes
 
