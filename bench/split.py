@@ -182,7 +182,7 @@ def _soak(directory: Path, asked: Soak, tell: Tell) -> list[Soaked]:
         for _, output in outputs_of(engines[ONE], requests):
             expected[output.request_id] += output.token_ids
         tell("the same, with cancels")
-        beside = engines[HERE]._prefill.engine
+        beside = engines[HERE].prefill.engine
         here = soak(
             engines[HERE],
             expected,

@@ -100,6 +100,7 @@ class Engine:
         self.info = info
         self.cache_events = cache_events or EventLog(uuid.uuid4().hex)
         self.cache_events.add(replica, DEVICE, self._follow_device, info.page_size)
+        self.prefill, self.page_form = prefill, page_form
         self.failure: BaseException | None = None
         """Why the loop died; every request under way was given FinishReason.ERROR."""
         self._scheduler = scheduler
@@ -110,7 +111,6 @@ class Engine:
         self._in_flight: Pending | None = None
         self._clients: dict[str, _Client] = {}
         self._request_times = RequestTimes()
-        self._prefill, self.page_form = prefill, page_form
         self._pins = homes(scheduler.prefixes)
         self._retained = RetainedPages(self._pins.retained, info.page_size)
         self._undelivered: list[Output] = []
@@ -129,8 +129,8 @@ class Engine:
 
     def start(self) -> None:
         self._runner.start(self.wake)
-        if self._prefill is not None:
-            self._prefill.start(self.wake)
+        if self.prefill is not None:
+            self.prefill.start(self.wake)
         self._thread.start()
 
     def stop(self) -> None:
@@ -142,8 +142,8 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        if self._prefill is not None:
-            self._prefill.close()
+        if self.prefill is not None:
+            self.prefill.close()
         self._runner.close(TIERS_GRACE_S)
 
     def submit(self, request: GenerateRequest, sink: Sink, sending: Sending | None = None) -> None:
@@ -201,7 +201,7 @@ class Engine:
 
     def transfers(self) -> list[TransferCounts]:
         """What came of prompts that other engines may compute; none where there are no others."""
-        return [self._prefill.counts()] if self._prefill is not None else []
+        return [self.prefill.counts()] if self.prefill is not None else []
 
     def home(self, context: str) -> "Engine":
         """The replica that keeps the context of this name, and serves what is asked after it."""
@@ -230,8 +230,8 @@ class Engine:
         kept for them alone."""
         prefixes = self._scheduler.prefixes
         # First who prefills for this one: else what they had might still come.
-        if self._prefill is not None:
-            self._prefill.flush()
+        if self.prefill is not None:
+            self.prefill.flush()
         with self._preparing, self._changed:
             num_pages = prefixes.flush(self._scheduler.running)
             self._is_stale = True
