@@ -34,8 +34,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where an endpoint of configs/serve/tiered.toml listens, with folders of its own."""
     folder: Path = tmp_path_factory.mktemp("kept")
     store = f'tiers.stores=[{{name="disk", url="{(folder / "kv").as_uri()}", gib=0.5}}]'
+    # Few programs, and nobody else's: to compile them is most of this file's time.
+    few = ["schedule.max_batch=1", "schedule.token_budget=64", "schedule.max_steps=1"]
     changes = ["listen.grpc=127.0.0.1:0", "listen.http=", f"contexts.folder={folder / 'contexts'}"]
-    options = [word for change in (store, *changes) for word in ("--set", change)]
+    options = [word for change in (store, *changes, *few) for word in ("--set", change)]
     code = "import sys; sys.argv[0] = 'weft'; from serve.cli import main; main()"
     server = subprocess.Popen(
         [sys.executable, "-c", code, "serve", "configs/serve/tiered.toml", *options],

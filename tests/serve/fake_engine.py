@@ -32,7 +32,7 @@ from serve.request import (
 )
 from serve.telemetry import Histogram, Series
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 """Far beyond what any wait here takes; one that lasts as long is a failure."""
 
 

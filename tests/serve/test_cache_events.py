@@ -43,6 +43,8 @@ from tests.serve.test_build import MODEL, configure
 from tools.random_checkpoint import write_random_checkpoint
 
 WEIGHTS = random_weights(DENSE)
+COMPILING_S = 300.0
+"""For what is compiled when it is needed first, on a busy machine."""
 
 
 class Held:
@@ -397,8 +399,8 @@ def real_server(num_replicas: int) -> Iterator[Server]:
         server.engine.stop()
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
-def test_view_is_what_devices_and_host_memory_hold(num_replicas: int):
+def test_view_is_what_devices_and_host_memory_hold():
+    num_replicas = 2
     prompts = random_prompts(DENSE, [90, 50, 33, 90, 70, 60, 80, 90])
     with (
         real_server(num_replicas) as server,
@@ -452,7 +454,7 @@ def test_built_engines_have_one_log_of_all_their_tiers(tmp_path: Path):
     try:
         for name in ("a", "b"):
             engine.submit(greedy(name, list(range(3, 40)), 4), Answer())
-        assert engine.wait_idle(TIMEOUT_S)
+        assert engine.wait_idle(COMPILING_S)
         names = PageNames(root_key(), 16)
         names.extend(range(3, 35))
 

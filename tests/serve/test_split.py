@@ -65,16 +65,14 @@ def expected(checkpoint):
     return tokens(answers(build_engine(configured(checkpoint, {}), compile_ahead=False)))
 
 
-@pytest.mark.parametrize("data", [1, 2])
-def test_one_process_prefills_on_devices_of_its_own(checkpoint, expected, data):
-    """For each replica on two, which cut what it has whole."""
-    split = {"role": "decode", "prefill_tensor": 2, "least_tokens": 16}
-    config = configured(checkpoint, split, mesh={"data": data})
+def test_each_replica_has_devices_that_prefill_for_it(checkpoint, expected):
+    split = {"role": "decode", "prefill_tensor": 1, "least_tokens": 16}
+    config = configured(checkpoint, split, mesh={"data": 2})
     engine = build_engine(config, compile_ahead=False)
     found = answers(engine)
     assert tokens(found) == expected
     assert num_sent(found) == [48, 32]
-    assert len(engine.transfers()) == data
+    assert len(engine.transfers()) == 2
     assert engine.load().pages_used == 0
 
 
@@ -92,13 +90,16 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_everything_is_compiled_before_it_is_served(checkpoint, compiled):
+def test_everything_is_compiled_before_it_is_served(checkpoint, expected, compiled):
+    """With two devices that prefill, and cut what the replica has whole."""
     split = {"role": "decode", "prefill_tensor": 2, "least_tokens": 16}
     engine = build_engine(configured(checkpoint, split))
     assert compiled
     compiled.clear()
-    assert num_sent(answers(engine)) == [48, 32]
+    found = answers(engine)
     assert not compiled
+    assert tokens(found) == expected
+    assert num_sent(found) == [48, 32]
 
 
 def test_two_servers_are_one_endpoint(checkpoint, expected):
@@ -116,15 +117,14 @@ def test_two_servers_are_one_endpoint(checkpoint, expected):
         prefill.stop()
 
 
-@pytest.mark.parametrize("changes", [{"page_size": 8}, {"dtype": "bfloat16"}])
-def test_servers_of_other_pages_do_not_work_together(checkpoint, changes, caplog):
+def test_servers_of_other_pages_do_not_work_together(checkpoint, caplog):
     prefill = build_engine(configured(checkpoint, {"role": "prefill"}), compile_ahead=False)
     assert prefill.page_form is not None
     prefill.start()
     try:
         with served(Front(prefill), [TransferService.of(prefill, prefill.page_form)]) as address:
             split = {"role": "decode", "peers": [address], "least_tokens": 16}
-            config = configured(checkpoint, split, cache=changes)
+            config = configured(checkpoint, split, cache={"page_size": 8})
             found = answers(build_engine(config, compile_ahead=False))
         assert num_sent(found) == [0, 0]
         assert all(len(answer.token_ids) == 6 for answer in found)

@@ -19,10 +19,10 @@ from tests.serve.prefill.split import (
 PROMPT = random_prompts(DENSE, [100])[0]
 
 
-@pytest.fixture(scope="module", params=["tensor=1 < tensor=2", "tensor=2 < stage=2"])
-def started(request):
-    """Decode mesh < prefill mesh."""
-    made = local_sides(*request.param.split(" < "))
+@pytest.fixture(scope="module")
+def started():
+    """On meshes that cut pages in different ways."""
+    made = local_sides("tensor=2", "stage=2")
     yield made
     made.decode.stop()
 
@@ -114,46 +114,47 @@ def test_refused_there_a_prompt_is_computed_where_it_is_decoded(sides, single, m
     assert outcomes(sides)[Outcome.FAILED] == before + 1
 
 
-def test_where_nothing_comes_for_a_lease_the_prompt_is_computed(single, monkeypatch):
-    sides = local_sides("tensor=1", "tensor=1", lease_s=0.2)
-    try:
-        monkeypatch.setattr(sides.prefill, "submit", lambda *arguments: None)
-        [answer] = sides.answers([greedy("a", PROMPT, 8)])
-        assert answer.token_ids == generate(single, [greedy("a", PROMPT, 8)])["a"].token_ids
-        wait_until(lambda: outcomes(sides)[Outcome.LATE] == 1)
-    finally:
-        sides.decode.stop()
-
-
 def test_the_side_that_computes_serves_nobody_else(sides):
     with pytest.raises(Unavailable, match=r"split.role is prefill"):
         sides.prefill.submit(greedy("a", PROMPT, 8), Answer())
 
 
-def test_where_pages_are_few_requests_take_turns_and_get_their_tokens(single):
+@pytest.fixture(scope="module")
+def small():
+    """Where pages are few, and nobody waits for long."""
+    made = local_sides("tensor=1", "tensor=1", num_pages=12, lease_s=1.0)
+    yield made
+    made.decode.stop()
+
+
+def test_where_pages_are_few_requests_take_turns_and_get_their_tokens(small, single):
     """Preempted prompts are asked for again; what they have generated comes over with them."""
-    sides = local_sides("tensor=1", "tensor=1", num_pages=12)
-    try:
-        requests = [
-            greedy(f"r{i}", prompt, 30)
-            for i, prompt in enumerate(random_prompts(DENSE, [70, 75, 40, 60, 90], seed=5))
-        ]
-        answers = sides.answers(requests)
-        expected = generate(single, requests)
-        for request, answer in zip(requests, answers, strict=True):
-            assert answer.token_ids == expected[request.request_id].token_ids
-        assert sides.decode.load().num_preemptions > 0
-        sides.assert_all_let_go()
-    finally:
-        sides.decode.stop()
+    requests = [
+        greedy(f"r{i}", prompt, 30)
+        for i, prompt in enumerate(random_prompts(DENSE, [70, 75, 40, 60, 90], seed=5))
+    ]
+    answers = small.answers(requests)
+    expected = generate(single, requests)
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.token_ids == expected[request.request_id].token_ids
+    assert small.decode.load().num_preemptions > 0
+    small.assert_all_let_go()
 
 
-def test_a_failed_engine_of_prompts_is_done_without(single):
-    sides = local_sides("tensor=1", "tensor=1")
-    try:
-        sides.prefill._fail(RuntimeError("the device is lost"))
-        [answer] = sides.answers([greedy("a", PROMPT, 8)])
-        assert answer.token_ids == generate(single, [greedy("a", PROMPT, 8)])["a"].token_ids
-        assert outcomes(sides)[Outcome.NOBODY] == 1
-    finally:
-        sides.decode.stop()
+def test_where_nothing_comes_for_a_lease_the_prompt_is_computed(small, single, monkeypatch):
+    small.flush()
+    before = outcomes(small)[Outcome.LATE]
+    monkeypatch.setattr(small.prefill, "submit", lambda *arguments: None)
+    [answer] = small.answers([greedy("a", PROMPT, 8)])
+    assert answer.token_ids == generate(single, [greedy("a", PROMPT, 8)])["a"].token_ids
+    wait_until(lambda: outcomes(small)[Outcome.LATE] == before + 1)
+
+
+def test_a_failed_engine_of_prompts_is_done_without(small, single):
+    """The last of these: it does not come back."""
+    small.flush()
+    small.prefill._fail(RuntimeError("the device is lost"))
+    before = outcomes(small)[Outcome.NOBODY]
+    [answer] = small.answers([greedy("a", PROMPT, 8)])
+    assert answer.token_ids == generate(single, [greedy("a", PROMPT, 8)])["a"].token_ids
+    assert outcomes(small)[Outcome.NOBODY] == before + 1
