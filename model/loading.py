@@ -79,13 +79,19 @@ def stream_weights(
     ]
     budget = Budget(max(shard_bytes) * mesh.devices.size)
 
+    def placed(
+        name: str, expert: int | None, leaf: Any, index: Region, holders: Any
+    ) -> list[jax.Array]:
+        read = _read_leaf(partition, source, name, expert, index, leaf.shape)
+        shard = aligned_as(read, leaf.dtype)
+        return jax.block_until_ready([jax.device_put(shard, device) for device in holders])
+
     def load(
         name: str, expert: int | None, leaf: Any, num_bytes: int, index: Region, holders: Any
     ) -> list[jax.Array]:
         with budget.taken(num_bytes):
-            read = _read_leaf(partition, source, name, expert, index, leaf.shape)
-            shard = aligned_as(read, leaf.dtype)
-            return jax.block_until_ready([jax.device_put(shard, device) for device in holders])
+            # What the host holds of it ends with that call, before another may take its place.
+            return placed(name, expert, leaf, index, holders)
 
     with ThreadPoolExecutor(LOADERS) as pool:
         try:
