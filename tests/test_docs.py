@@ -1,15 +1,12 @@
 """The programs that docs/context-caching.md shows of its calls run as they stand."""
 
-import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.test_readme import ROOT, SHOWN_ADDRESS, Block, blocks, run
+from tests.test_readme import ROOT, SHOWN_ADDRESS, Block, blocks, endpoint, run
 
 SHOWN_IN = ROOT / "docs" / "context-caching.md"
 HEADINGS = ("## Contexts", "## Retention", "## Events")
@@ -34,26 +31,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where an endpoint of configs/serve/tiered.toml listens, with folders of its own."""
     folder: Path = tmp_path_factory.mktemp("kept")
     store = f'tiers.stores=[{{name="disk", url="{(folder / "kv").as_uri()}", gib=0.5}}]'
-    # Few programs, and nobody else's: to compile them is most of this file's time.
+    # Few programs: to compile them is most of this file's time.
     few = ["schedule.max_batch=1", "schedule.token_budget=64", "schedule.max_steps=1"]
-    changes = ["listen.grpc=127.0.0.1:0", "listen.http=", f"contexts.folder={folder / 'contexts'}"]
-    options = [word for change in (store, *changes, *few) for word in ("--set", change)]
-    code = "import sys; sys.argv[0] = 'weft'; from serve.cli import main; main()"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", "configs/serve/tiered.toml", *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    with server:
-        greeting = server.stdout.readline()
-        found = re.search(r"\d+\.\d+\.\d+\.\d+:\d+", greeting)
-        assert found, f"the endpoint did not start; it said {greeting!r}"
-        yield found[0]
-        server.send_signal(signal.SIGTERM)
-        server.stdout.read()
-    assert server.returncode == 0
+    changes = [f"contexts.folder={folder / 'contexts'}"]
+    with endpoint("configs/serve/tiered.toml", store, *changes, *few) as shown_at:
+        yield shown_at
 
 
 def test_each_heading_shows_a_program() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,14 @@ def blocks(text: str) -> list[Block]:
 SHOWN = blocks(README.read_text(encoding="utf-8")) if README.is_file() else []
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Where an endpoint of the demo model listens."""
-    command = ["serve", "configs/serve/demo.toml"]
-    options = ["--set", "listen.grpc=127.0.0.1:0", "--set", "listen.http="]
+@contextmanager
+def endpoint(config: str, *changes: str) -> Iterator[str]:
+    """Where `weft serve` listens with a configuration and changes to it."""
+    every = ("listen.grpc=127.0.0.1:0", "listen.http=", *changes)
+    options = [word for change in every for word in ("--set", change)]
     code = "import sys; sys.argv[0] = 'weft'; from serve.cli import main; main()"
     server = subprocess.Popen(
-        [sys.executable, "-c", code, *command, *options],
+        [sys.executable, "-c", code, "serve", config, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -81,6 +82,13 @@ def address() -> Iterator[str]:
         server.send_signal(signal.SIGTERM)
         server.stdout.read()
     assert server.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where an endpoint of the demo model listens."""
+    with endpoint("configs/serve/demo.toml") as shown_at:
+        yield shown_at
 
 
 @pytest.mark.skipif(not SHOWN, reason="README.md shows no command")

@@ -236,7 +236,7 @@ def test_store_tells_what_is_written_evicted_damaged_and_cleared():
     close(tier)
 
 
-def test_pages_that_a_store_cannot_delete_are_told_of_again():
+def test_pages_that_a_store_cannot_delete_to_make_room_are_told_of_again():
     store = FakeStore()
     tier, reader = followed_store(store, capacity=20)
     for one in keys(20):
@@ -246,6 +246,9 @@ def test_pages_that_a_store_cannot_delete_are_told_of_again():
     tier.write(key(30), image(key(30)))
     until(lambda: tier.report(Decisions()).counts.drops[Drop.NO_ROOM])
     until_known(reader, set(keys(20)))
+    changes = [event.change for event in reader.events]
+    assert Change.REMOVED in changes
+    assert changes[-1] is Change.STORED
     close(tier)
 
 

@@ -215,9 +215,11 @@ def test_one_who_leaves_is_not_woken_any_more(engine: FakeEngine, held: Held):
         messages = client.cache_events()
         next(messages)
         until(lambda: engine.cache_events._waiting)
+        [woken] = engine.cache_events._waiting
         messages.close()
         until(lambda: not engine.cache_events._waiting)
         held.store([key(1)])
+        assert woken not in engine.cache_events._waiting
 
 
 def test_server_that_stops_is_unavailable_to_those_who_follow(engine: FakeEngine):

@@ -325,9 +325,12 @@ def test_contexts_end_while_the_server_runs(parts, monkeypatch):
                 await asyncio.sleep(0.01)
 
     with endpoint(parts) as at:
-        at.client.contexts.create(LAW, ttl_s=10)
+        made = at.client.contexts.create(LAW, ttl_s=10)
+        assert at.num_kept == NUM_FULL
         at.clocks.passes(10)
         asyncio.run(asyncio.wait_for(wait_for_end(at), TIMEOUT_S))
+        with pytest.raises(NotFound, match="no such context"):
+            at.client.contexts.get(made.name)
 
 
 def test_a_flush_loses_what_was_computed_and_not_that_it_is_to_be_kept(parts):

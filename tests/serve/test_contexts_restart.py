@@ -166,8 +166,10 @@ def test_a_page_that_was_lost_is_computed_and_kept_again(configured, tmp_path):
 def test_pages_that_were_computed_before_are_kept_too(configured):
     with serving(configured()) as server:
         server.usage(LAW)
+        assert server.num_pinned == [0, 0]
         server.create(LAW)
         server.wait_until(lambda disk: disk.num_pages == NUM_FULL)
+        assert server.num_pinned == [0, NUM_FULL]
 
 
 def test_more_than_the_tier_has_room_for_is_refused_with_what_to_change(configured):

@@ -460,6 +460,7 @@ def test_a_receiver_that_reads_nothing_is_let_go_after_its_lease(computing, deco
             call = pb_grpc.TransferStub(channel).Prefill(messages())
             wait_until(lambda: sides.prefill.load().num_finished > 0)
             wait_until(lambda: sides.prefill.load().pages_used == 0)
+            assert call.is_active(), "it was let go though the receiver is still there"
             stay.set()
             call.cancel()
 
@@ -477,9 +478,12 @@ def test_a_receiver_that_vanishes_is_let_go(computing, decoding, monkeypatch):
 
             call = stub.Prefill(messages())
             for _ in range(num_messages):
-                next(call)
+                assert next(call).chunks
             call.cancel()
             stay.set()
+        wait_until(sides.service.calls.idle.is_set)
+        wait_until(lambda: sides.prefill.load().pages_used == 0)
+        assert sides.prefill.load().num_running == 0
 
 
 @pytest.mark.parametrize(
